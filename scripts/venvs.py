@@ -1,0 +1,97 @@
+"""Virtual environments whose packages come from a lock, each hash checked. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from steps import StepError, run
+
+
+class Environment:
+    """One virtual environment and the stamps that say which steps of its set-up are done."""
+
+    def __init__(self, path: Path, logs: Path) -> None:
+        self.path = path
+        self.python = path / "bin" / "python"
+        self.logs = logs
+        self._stamp_file = path / "paddock-setup.json"
+
+    def is_done(self, step: str, key: str) -> bool:
+        """Whether the step was finished with inputs of this fingerprint."""
+        return self.stamps().get(step) == key
+
+    def stamps(self) -> dict[str, str]:
+        """Fingerprints of the finished steps; none when the file is absent or was cut off by a crash."""
+        try:
+            return json.loads(self._stamp_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def mark_done(self, **stamps: str) -> None:
+        """Notes the steps as finished."""
+        partial = self._stamp_file.with_suffix(".partial")
+        partial.write_text(json.dumps({**self.stamps(), **stamps}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._stamp_file)
+
+    def works(self) -> bool:
+        """Whether its interpreter starts and is of the running version; a moved or updated Python breaks it."""
+        version = "import sys; print(sys.version_info[:2])"
+        try:
+            found = subprocess.run(
+                [self.python, "-c", version], capture_output=True, text=True, timeout=60, check=False
+            )
+        except OSError:
+            return False
+        return found.stdout.strip() == str(sys.version_info[:2]) and (self.path / "bin" / "pip").exists()
+
+    def create(self) -> None:
+        """Makes the environment, over whatever lies at its path."""
+        try:
+            import ensurepip  # noqa: F401, PLC0415 - Debian ships Python without it
+            import venv  # noqa: F401, PLC0415
+        except ImportError as err:
+            package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+            msg = f"this Python cannot make virtual environments. On Debian and Ubuntu: sudo apt install {package}"
+            raise StepError(msg) from err
+        run(
+            "making the virtual environment",
+            [sys.executable, "-m", "venv", "--clear", self.path],
+            log=self.logs / "venv.log",
+        )
+
+    def pip(self, what: str, arguments: Sequence[str | Path], *, log: str, **variables: str) -> None:
+        """Runs its pip, showing which package is at hand."""
+        run(
+            what,
+            [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments],
+            log=self.logs / log,
+            env=variables,
+            progress=_package_at_hand,
+        )
+
+    def install_locked(self, what: str, lock: Path, *, log: str) -> None:
+        """Installs exactly what the lock names; pip refuses a file whose hash is not in it."""
+        self.pip(what, ["install", "--require-hashes", "--no-deps", "--requirement", lock], log=log)
+
+
+def split_lock(text: str) -> dict[str, str]:
+    """The entries of a lock by package name, each with its hashes."""
+    entries = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)
+    named = ((re.match(r"[A-Za-z0-9._-]+", entry), entry) for entry in entries)
+    return {match.group().lower(): entry for match, entry in named if match}
+
+
+def bin_path(environment: Environment) -> str:
+    """A PATH with the environment's programs first."""
+    return os.pathsep.join([str(environment.path / "bin"), os.environ.get("PATH", os.defpath)])
+
+
+def _package_at_hand(line: str) -> str | None:
+    match = re.match(r"\s*(?:Collecting|Downloading|Building wheel for|Installing collected)\s+(\S+)", line)
+    return match.group(0).strip()[:80] if match else None
