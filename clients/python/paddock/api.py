@@ -4,9 +4,9 @@ Two things satisfy the interface: `paddock.transport.GrpcApi` (a channel) and th
 (`paddock_server.rpc.service.ModelManagerService`), so that a gateway embedded in the server calls it without
 serialising anything. Everything raises `paddock.errors.PaddockError`, never a transport's exception.
 
-A method that streams returns an async generator. Closing it (`contextlib.aclosing`) cancels the call; leaving the
-loop without closing does not, so always use `aclosing`. Requests and responses belong to the callee once passed:
-neither side changes a message after handing it over.
+A method that streams returns an async generator. Closing it (`contextlib.aclosing`) cancels the call; leaving
+the loop without closing does not, so always use `aclosing`. Requests and responses belong to the callee once
+passed: neither side changes a message after handing it over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paddock.v1 import model_manager_pb2 as pb
 
 request_id: ContextVar[str] = ContextVar("paddock_request_id", default="")
-"""Identifier of the request being served, for logs and errors. `GrpcApi` sends it as `x-request-id` metadata."""
+"""Identifier of the request being served, for logs and errors. `GrpcApi` sends it as `x-request-id`."""
 
 
 class ModelManagerApi(Protocol):

@@ -1,0 +1,208 @@
+"""Errors on the wire: `PaddockError` to `google.rpc.Status` and back.
+
+The only module that touches the `google.rpc` types. What `to_status` writes, `from_rpc_error` reads, for every
+row of `paddock.errors.TABLE` (`tests/unit/test_status.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.parse import quote
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from paddock.errors import DOMAIN, Code, FieldViolation, PaddockError, Reason, make_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import grpc.aio
+    from google.protobuf.any_pb2 import Any as AnyMessage
+    from google.protobuf.message import Message
+
+    DetailT = TypeVar("DetailT", bound=Message)
+
+STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
+"""Trailing metadata key under which gRPC carries a serialised `google.rpc.Status`."""
+
+MAX_STATUS_BYTES: Final = 6144
+"""Bytes of trailing metadata a status may take. gRPC clients refuse more than 8 KiB of metadata by default,
+and then the caller would see RESOURCE_EXHAUSTED instead of the reason."""
+
+_TEXT_LIMITS: Final = (1024, 512, 256, 128, 64)
+"""Characters per text, tried in turn until the status fits."""
+
+_MAX_VIOLATIONS: Final = 8
+
+_RESOURCE_TYPES: Final[Mapping[str, str]] = {
+    Reason.MODEL_NOT_FOUND: "model",
+    Reason.HUB_FILE_NOT_FOUND: "hub file",
+}
+
+
+def to_status(error: PaddockError, *, request_id: str = "") -> status_pb2.Status:
+    """Return the status that tells a caller about `error`.
+
+    Args:
+        error: The error.
+        request_id: Identifier under which the server logged the request; falls back on the error's own.
+
+    Returns:
+        A status with `ErrorInfo`, and with `RetryInfo`, `BadRequest`, `ResourceInfo`, `PreconditionFailure`
+        and `RequestInfo` where they apply. Long texts lose their middle, so that it fits `MAX_STATUS_BYTES`.
+    """
+    status = status_pb2.Status()
+    for limit in _TEXT_LIMITS:
+        status = _build(error, request_id or error.request_id, limit)
+        if _header_bytes(status) <= MAX_STATUS_BYTES:
+            break
+    return status
+
+
+def to_trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, bytes]]:
+    """Return the trailing metadata that carries `status`, for `context.abort` beside its code and message."""
+    return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> PaddockError:
+    """Return the error behind a failed call.
+
+    Without Paddock's details (nobody listens, a proxy answered, the deadline passed) the gRPC code decides.
+    """
+    status = _status_of(error.trailing_metadata() or ())
+    decoded = _from_status(status) if status is not None else None
+    return decoded or _from_code(error.code().name, error.details() or "")
+
+
+def _build(error: PaddockError, request_id: str, limit: int) -> status_pb2.Status:
+    message = _fit(error.message, limit)
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason,
+            domain=DOMAIN,
+            metadata={_fit(key, 64): _fit(value, limit) for key, value in error.metadata.items()},
+        )
+    ]
+    if error.retry_after_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.violations:
+        details.append(_bad_request(error, limit))
+    if error.resource:
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=_RESOURCE_TYPES.get(error.reason, ""),
+                resource_name=_fit(error.resource, limit),
+            )
+        )
+    if error.code is Code.FAILED_PRECONDITION:
+        violation = error_details_pb2.PreconditionFailure.Violation(
+            type=error.reason, subject=_fit(error.metadata.get("model", ""), limit), description=message
+        )
+        details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=_fit(request_id, 128)))
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+def _bad_request(error: PaddockError, limit: int) -> error_details_pb2.BadRequest:
+    return error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=_fit(violation.field, 128), description=_fit(violation.description, limit)
+            )
+            for violation in error.violations[:_MAX_VIOLATIONS]
+        ]
+    )
+
+
+def _fit(text: str, limit: int) -> str:
+    # Causes stand at the start of a text, the last log lines at its end, so the middle goes. Names of files
+    # may hold surrogates, which protobuf refuses.
+    valid = text.encode("utf-8", "replace").decode()
+    if len(valid) <= limit:
+        return valid
+    head = limit // 2
+    return f"{valid[:head]}…{valid[-(limit - head - 1) :]}"
+
+
+def _header_bytes(status: status_pb2.Status) -> int:
+    """Upper bound of the bytes on the wire: details as base64, and the message once more, percent-encoded."""
+    return -(-status.ByteSize() // 3) * 4 + len(quote(status.message, safe=" "))
+
+
+def _status_of(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+    for key, value in metadata:
+        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _from_status(status: status_pb2.Status) -> PaddockError | None:
+    info = _unpack(status.details, error_details_pb2.ErrorInfo)
+    if info is None or info.domain != DOMAIN or not info.reason:
+        return None
+    retry = _unpack(status.details, error_details_pb2.RetryInfo)
+    bad_request = _unpack(status.details, error_details_pb2.BadRequest)
+    resource = _unpack(status.details, error_details_pb2.ResourceInfo)
+    request = _unpack(status.details, error_details_pb2.RequestInfo)
+    return make_error(
+        info.reason,
+        status.message,
+        metadata=dict(info.metadata),
+        violations=[
+            FieldViolation(violation.field, violation.description)
+            for violation in (bad_request.field_violations if bad_request else ())
+        ],
+        resource=resource.resource_name if resource else "",
+        retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if retry else None,
+        code=_code_of(_code_name(status.code)),
+        request_id=request.request_id if request else "",
+    )
+
+
+def _unpack(details: Iterable[AnyMessage], kind: type[DetailT]) -> DetailT | None:
+    for detail in details:
+        if detail.Is(kind.DESCRIPTOR):
+            message = kind()
+            return message if detail.Unpack(message) else None
+    return None
+
+
+_REASON_OF_CODE: Final[Mapping[str, Reason]] = {
+    "UNAVAILABLE": Reason.SERVER_UNREACHABLE,
+    "DEADLINE_EXCEEDED": Reason.DEADLINE_EXCEEDED,
+    "CANCELLED": Reason.CANCELLED,
+    "UNIMPLEMENTED": Reason.NOT_IMPLEMENTED,
+}
+
+_PREFIX_OF_REASON: Final[Mapping[Reason, str]] = {
+    Reason.SERVER_UNREACHABLE: "The connection to the server failed",
+    Reason.DEADLINE_EXCEEDED: "The deadline of the call passed",
+    Reason.CANCELLED: "The call was cancelled",
+    Reason.NOT_IMPLEMENTED: "The server does not offer this call",
+    Reason.INTERNAL: "The call failed without a Paddock error",
+}
+
+
+def _from_code(name: str, details: str) -> PaddockError:
+    reason = _REASON_OF_CODE.get(name, Reason.INTERNAL)
+    message = f"{_PREFIX_OF_REASON[reason]} ({name}: {details or 'no details'})."
+    return make_error(reason, message, metadata={"grpc_code": name}, code=_code_of(name))
+
+
+def _code_of(name: str) -> Code:
+    return Code.__members__.get(name, Code.INTERNAL)
+
+
+def _code_name(number: int) -> str:
+    return code_pb2.Code.Name(number) if number in code_pb2.Code.values() else Code.INTERNAL.name
