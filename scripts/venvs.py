@@ -80,11 +80,14 @@ class Environment:
         self.pip(what, ["install", "--require-hashes", "--no-deps", "--requirement", lock], log=log)
 
 
-def split_lock(text: str) -> dict[str, str]:
-    """The entries of a lock by package name, each with its hashes."""
+def split_lock(text: str, package: str) -> tuple[str, str]:
+    """The entry of one package, hashes and all, and the lock without it."""
     entries = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)
-    named = ((re.match(r"[A-Za-z0-9._-]+", entry), entry) for entry in entries)
-    return {match.group().lower(): entry for match, entry in named if match}
+    found = [entry for entry in entries if entry.startswith(f"{package}==")]
+    if len(found) != 1:
+        msg = f"the lock names {package} {len(found)} times; it must name it once. `make lock` writes it anew."
+        raise StepError(msg)
+    return found[0], "".join(entry for entry in entries if entry != found[0])
 
 
 def bin_path(environment: Environment) -> str:
