@@ -1,0 +1,189 @@
+"""The composition root: builds the server out of its parts, runs it, stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from paddock_server.catalog import Catalog
+from paddock_server.config import ConfigError
+from paddock_server.logs import configure_logging
+from paddock_server.manager import ManagerConfig, ModelManager
+from paddock_server.rpc.server import AddressInUseError, RpcServer
+from paddock_server.rpc.service import ModelManagerService
+from paddock_server.supervisor import LocalLauncher
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    from paddock.api import ModelManagerApi
+
+    from paddock_server.config import ServerConfig
+    from paddock_server.supervisor import Launcher
+
+    Attach = Callable[[ModelManagerApi], AbstractAsyncContextManager[object]]
+
+log = structlog.get_logger()
+
+STREAM_CLOSE_SECONDS: Final = 1.0
+"""What is left after the drain (health watches, slow readers) gets this long before it is cancelled."""
+
+
+class StartError(Exception):
+    """The server cannot start; the message is a sentence for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that accepts calls."""
+
+    service: ModelManagerApi
+    """The service, for callers in this process."""
+
+    grpc_address: str
+    """Host and port gRPC is served on; the real port when 0 was asked for."""
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    config: ServerConfig, *, launcher: Launcher | None = None, attach: Attach | None = None
+) -> AsyncIterator[RunningServer]:
+    """Run a server for as long as the block runs, then stop it gracefully.
+
+    Args:
+        config: The settings.
+        launcher: What starts workers; local processes by default.
+        attach: Runs something beside the server that calls the service directly, for example the gateway. It is
+            left when the server stops, while the models still serve what runs.
+
+    Raises:
+        StartError: an address is taken.
+    """
+    manager = ModelManager(
+        catalog=Catalog(config.models_dir),
+        launcher=launcher or LocalLauncher(),
+        config=_manager_config(config),
+    )
+    service = ModelManagerService(manager, version=version("paddock"))
+    try:
+        rpc = RpcServer(service, host=config.grpc_host, port=config.grpc_port, with_reflection=config.reflection)
+    except AddressInUseError as error:
+        raise StartError(str(error)) from error
+    attached = contextlib.AsyncExitStack()
+    await manager.start()
+    try:
+        if attach is not None:
+            await attached.enter_async_context(attach(service))
+        await rpc.start()
+        _warn_when_exposed(config.grpc_host)
+        log.info("server_ready", grpc=rpc.address)
+        yield RunningServer(service, rpc.address)
+    finally:
+        log.info("server_draining", seconds=config.drain_seconds)
+        await rpc.announce_stop()
+        try:
+            await asyncio.gather(attached.aclose(), manager.stop(drain_seconds=config.drain_seconds))
+        finally:
+            await rpc.stop(STREAM_CLOSE_SECONDS)
+            log.info("server_stopped")
+
+
+async def run_server(
+    config: ServerConfig, *, attach: Attach | None = None, ready: Callable[[RunningServer], None] | None = None
+) -> None:
+    """Run a server until SIGTERM or SIGINT. A second signal cuts the drain short.
+
+    `ready` is called once, when calls are accepted.
+    """
+    stop = asyncio.Event()
+    current = asyncio.current_task()
+    assert current is not None
+
+    def on_signal() -> None:
+        if stop.is_set():
+            current.cancel()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with serving(config, attach=attach) as server:
+            if ready is not None:
+                ready(server)
+            await stop.wait()
+    except asyncio.CancelledError:
+        # Only the second signal cancels: what the drain was waiting for has been cut, workers end with us.
+        log.warning("server_stop_cut_short")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def run(
+    config: ServerConfig, *, attach: Attach | None = None, ready: Callable[[RunningServer], None] | None = None
+) -> int:
+    """Configure logging, run a server until it is told to stop, and return the exit code: 0 or 1."""
+    configure_logging(config.log_level, config.log_format)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            runner.run(run_server(config, attach=attach, ready=ready))
+        except (StartError, ConfigError) as error:
+            log.error("server_cannot_start", error=str(error))
+            return 1
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop where it is installed: it halves what a frame from a worker costs (docs/design.md)."""
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop  # noqa: PLC0415  # optional, and a hundred milliseconds nobody else should pay
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _manager_config(config: ServerConfig) -> ManagerConfig:
+    return ManagerConfig(
+        models_max=config.models_max,
+        autoload=config.models_autoload,
+        context_size_tokens=config.ctx_size,
+        slot_count=config.parallel,
+        gpu_layer_count=config.n_gpu_layers,
+        thread_count=config.threads,
+        batch_size_tokens=config.batch_size,
+        queue_limit=config.queue_limit,
+        target_step_milliseconds=config.target_step_milliseconds,
+        idle_timeout_seconds=config.idle_timeout_seconds,
+        drain_seconds=config.drain_seconds,
+        state_file=_state_file(config),
+    )
+
+
+def _state_file(config: ServerConfig) -> Path | None:
+    """Return where loads are remembered: one file per gRPC port, so that two servers do not share one."""
+    if config.state_dir is None:
+        return None
+    return config.state_dir / f"loads-{config.grpc_port}.json"
+
+
+def _warn_when_exposed(host: str) -> None:
+    """Warn when the server can be reached from other machines: it asks nobody for a key yet."""
+    try:
+        exposed = not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        exposed = host != "localhost"
+    if exposed:
+        log.warning("server_exposed", host=host, advice="Anyone who reaches this address can use the server.")

@@ -1,0 +1,161 @@
+"""Configuration of the server: flags, over environment, over a TOML file, over defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENV_PREFIX = "PADDOCK_"
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message names it and says what would be right."""
+
+
+def default_state_dir() -> Path:
+    """Return where the server keeps what it must remember: `$XDG_STATE_HOME/paddock` or its usual stand-in."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "paddock"
+
+
+class ServerConfig(BaseSettings):
+    """Settings of `paddock serve` and `paddock up`. Names are those of llama-server where the meaning is the same."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    models_dir: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Directories searched for models. In the environment, separated like PATH."""
+
+    models_max: int = Field(4, ge=0)
+    """Most models loaded at once; 0 is no limit."""
+
+    models_autoload: bool = True
+    """Whether a request for a model that is not loaded loads it."""
+
+    ctx_size: int = Field(8192, ge=0, le=16_777_216)
+    """Tokens the KV cache of a model holds, shared by its sequences; 0 takes the trained context."""
+
+    parallel: int = Field(4, ge=1, le=256)
+    """Sequences a model decodes at once."""
+
+    n_gpu_layers: int = Field(-1, ge=-1)
+    """Layers offloaded to the accelerator; -1 offloads all."""
+
+    threads: int = Field(0, ge=0, le=1024)
+    """Threads a worker computes with; 0 takes one per physical core."""
+
+    batch_size: int = Field(512, ge=32, le=8192)
+    """Most tokens a worker decodes in one step."""
+
+    queue_limit: int = Field(128, ge=0, le=100_000)
+    """Requests that may wait for one model."""
+
+    target_step_milliseconds: int = Field(50, ge=1, le=10_000)
+    """Length of step to aim at while a prompt is taken in beside streams."""
+
+    idle_timeout_seconds: float = Field(0, ge=0)
+    """Idle time after which a model is unloaded; 0 keeps it."""
+
+    drain_seconds: float = Field(30, ge=0)
+    """How long running requests may go on when the server or a model stops."""
+
+    grpc_host: str = "127.0.0.1"
+    """Address the gRPC server listens on."""
+
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    """Port the gRPC server listens on; 0 takes a free one."""
+
+    reflection: bool = True
+    """Whether gRPC reflection is on, so that grpcurl needs no protos."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """`auto` is `console` on a terminal and `json` otherwise."""
+
+    state_dir: Path | None = Field(default_factory=default_state_dir)
+    """Where operators' loads are remembered over a restart; an empty value turns that off."""
+
+    @field_validator("models_dir", mode="before")
+    @classmethod
+    def _split_models_dir(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part for part in value.split(os.pathsep) if part)
+        return value
+
+    @field_validator("models_dir")
+    @classmethod
+    def _models_dir_exists(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            if not path.is_dir():
+                problem = "is not a directory" if path.exists() else "does not exist"
+                message = f"{str(path)!r} {problem}; name a directory that holds GGUF files"
+                raise ValueError(message)
+        return tuple(path.resolve() for path in value)
+
+    @field_validator("state_dir", mode="before")
+    @classmethod
+    def _empty_state_dir_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file; no dotenv, no secrets directory."""
+        del dotenv_settings, file_secret_settings
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+    @classmethod
+    def load(cls, flags: Mapping[str, object], config_file: Path | None = None) -> ServerConfig:
+        """Read the configuration.
+
+        `flags` holds only what was given on the command line, by field name. Raises `ConfigError`.
+        """
+        if config_file is not None and not config_file.is_file():
+            message = f"The configuration file {str(config_file)!r} does not exist."
+            raise ConfigError(message)
+
+        class Loaded(cls):
+            model_config = SettingsConfigDict(toml_file=config_file)
+
+        try:
+            return Loaded(**dict(flags))  # pyright: ignore[reportArgumentType]
+        except ValidationError as error:
+            raise ConfigError(_describe(error)) from error
+        except ValueError as error:  # tomllib.TOMLDecodeError is one
+            message = f"The configuration file {str(config_file)!r} cannot be read: {error}."
+            raise ConfigError(message) from error
+
+
+def _describe(error: ValidationError) -> str:
+    """Turn pydantic's report into one sentence per setting."""
+    sentences: list[str] = []
+    for item in error.errors(include_url=False):
+        name = str(item["loc"][0]) if item["loc"] else "?"
+        flag = "--" + name.replace("_", "-")
+        if item["type"] == "extra_forbidden":
+            sentences.append(f"There is no setting named {name!r}.")
+            continue
+        reason = item["msg"].removeprefix("Value error, ")
+        sentences.append(f"{flag} ({ENV_PREFIX}{name.upper()}): {reason[:1].lower() + reason[1:]}.")
+    return " ".join(sentences)

@@ -1,0 +1,1 @@
+"""The gRPC front of the server: convert, call the manager, convert."""

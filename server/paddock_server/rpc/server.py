@@ -1,0 +1,79 @@
+"""The gRPC server: options, services, address."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
+
+from paddock_server.rpc.interceptor import CallInterceptor
+from paddock_server.rpc.servicer import ModelManagerServicer
+
+if TYPE_CHECKING:
+    from paddock.api import ModelManagerApi
+
+MAX_RECEIVE_BYTES: Final = 16 * 1024 * 1024
+"""Room for a long conversation with images in one request."""
+
+MAX_SEND_BYTES: Final = 4 * 1024 * 1024
+"""What every gRPC client takes by default; responses are made to stay below it."""
+
+SERVICE: Final = model_manager_pb2.DESCRIPTOR.services_by_name["ModelManager"].full_name
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", MAX_SEND_BYTES),
+    # Without this, a second server on the same port would silently take half of the calls.
+    ("grpc.so_reuseport", 0),
+    # A stream may be silent for minutes while a model loads. Clients may ping every ten seconds to keep middleboxes
+    # from dropping it, and the server pings too, so that a client whose machine has gone is noticed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class AddressInUseError(Exception):
+    """The address cannot be listened on; the message says which and what to do."""
+
+
+class RpcServer:
+    """The gRPC server with its health service."""
+
+    def __init__(self, service: ModelManagerApi, *, host: str, port: int, with_reflection: bool) -> None:
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        model_manager_pb2_grpc.add_ModelManagerServicer_to_server(ModelManagerServicer(service), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if with_reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound_port = self._server.add_insecure_port(target)
+        except RuntimeError as error:
+            message = (
+                f"Cannot listen for gRPC on {target}: the port is taken or the address is not this machine's. "
+                "Choose another with --grpc-port or --grpc-host."
+            )
+            raise AddressInUseError(message) from error
+        self.address = f"[{host}]:{bound_port}" if ":" in host else f"{host}:{bound_port}"
+
+    async def start(self) -> None:
+        """Accept calls, and say so in the health service."""
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def announce_stop(self) -> None:
+        """Turn every service's health to NOT_SERVING, for good."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuse new calls, let running ones end for that long, then cancel them."""
+        await self._server.stop(grace_seconds)

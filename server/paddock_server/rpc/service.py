@@ -1,0 +1,182 @@
+"""The service itself: what every RPC does, free of any transport.
+
+Satisfies `paddock.api.ModelManagerApi`, so an embedded gateway calls it directly. The gRPC servicer in
+`paddock_server.rpc.servicer` adds nothing but the wire.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from paddock.errors import Reason, make_error
+from paddock.v1 import model_manager_pb2 as pb
+
+from paddock_server.rpc import validate
+from paddock_server.rpc.paging import page
+from paddock_server.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from paddock_server.manager import Lease, ModelManager
+
+FEATURES: Final = ("embeddings", "logs", "tokenize")
+"""Optional features `GetServerInfo` reports."""
+
+LOG_LINES_PER_MESSAGE: Final = 256
+"""At the 4096 characters a line may have, well under gRPC's 4 MiB a message."""
+
+
+class ModelManagerService:
+    """Implements every RPC of `ModelManager` on top of the manager."""
+
+    def __init__(self, manager: ModelManager, *, version: str) -> None:
+        self._manager = manager
+        self._version = version
+        self._start_time = Timestamp()
+        self._start_time.GetCurrentTime()
+
+    async def load(self, request: pb.LoadRequest) -> AsyncGenerator[pb.LoadResponse]:
+        """See `ModelManagerApi.load`."""
+        validate.load(request)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        async with aclosing(self._manager.subscribe_load(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
+        """See `ModelManagerApi.unload`."""
+        validate.unload(request)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await self._manager.unload(request)
+
+    async def list(self, request: pb.ListRequest) -> pb.ListResponse:
+        """See `ModelManagerApi.list`."""
+        validate.list_models(request)
+        models, revision = self._manager.snapshots()
+        return page(request, models, revision)
+
+    async def get(self, request: pb.GetRequest) -> pb.GetResponse:
+        """See `ModelManagerApi.get`."""
+        validate.model_name(request.model)
+        return pb.GetResponse(model=await self._manager.snapshot(request.model))
+
+    async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse]:
+        """See `ModelManagerApi.watch`."""
+        async with aclosing(self._manager.watch(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+        """See `ModelManagerApi.generate`."""
+        validate.generate(request)
+        generation_id = uuid.uuid4().hex
+        structlog.contextvars.bind_contextvars(model=request.model, generation_id=generation_id)
+        begin = time.monotonic()
+        lease = await self._manager.acquire(request.model, request.autoload_policy)
+        async with lease, lease.worker.generate(request) as generation:
+            structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
+            waiting_for_text = True
+            async for update in generation:
+                if waiting_for_text and update.HasField("deltas"):
+                    waiting_for_text = False
+                    structlog.contextvars.bind_contextvars(ttft_ms=round((time.monotonic() - begin) * 1000, 1))
+                for response in _responses(update, generation_id, lease):
+                    yield response
+
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """See `ModelManagerApi.embed`."""
+        validate.embed(request)
+        async with await self._lease(request.model, request.autoload_policy) as lease:
+            reply = await lease.worker.call(worker_pb2.Call(embed=request))
+        structlog.contextvars.bind_contextvars(prompt_tokens=reply.embed.usage.prompt_tokens)
+        return reply.embed
+
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """See `ModelManagerApi.tokenize`."""
+        validate.model_name(request.model)
+        async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
+            reply = await lease.worker.call(worker_pb2.Call(tokenize=request))
+        return reply.tokenize
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        """See `ModelManagerApi.detokenize`."""
+        validate.detokenize(request)
+        async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
+            reply = await lease.worker.call(worker_pb2.Call(detokenize=request))
+        return reply.detokenize
+
+    async def stream_logs(self, request: pb.StreamLogsRequest) -> AsyncGenerator[pb.StreamLogsResponse]:
+        """See `ModelManagerApi.stream_logs`."""
+        validate.stream_logs(request)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        async with aclosing(self._manager.stream_logs(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def download(self, request: pb.DownloadRequest) -> AsyncGenerator[pb.DownloadResponse]:
+        """Answer NOT_IMPLEMENTED: downloads are not built yet."""
+        validate.model_name(request.model)
+        raise make_error(
+            Reason.NOT_IMPLEMENTED,
+            "This server cannot download models yet. Put the GGUF file into a directory given by --models-dir.",
+        )
+        yield pb.DownloadResponse()  # pyright: ignore[reportUnreachable]  # makes this a generator
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        """Answer NOT_IMPLEMENTED: deleting files is not built yet."""
+        validate.model_name(request.model)
+        raise make_error(
+            Reason.NOT_IMPLEMENTED,
+            "This server cannot delete models yet. Unload the model and remove its files by hand.",
+        )
+
+    async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+        """See `ModelManagerApi.get_server_info`."""
+        del request
+        return pb.GetServerInfoResponse(
+            version=self._version,
+            instance_id=self._manager.instance_id,
+            start_time=self._start_time,
+            features=FEATURES,
+        )
+
+    async def _lease(self, model: str, autoload_policy: pb.AutoloadPolicy.ValueType) -> Lease:
+        structlog.contextvars.bind_contextvars(model=model)
+        lease = await self._manager.acquire(model, autoload_policy)
+        structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
+        return lease
+
+
+def _responses(
+    update: worker_pb2.GenerationUpdate, generation_id: str, lease: Lease
+) -> list[pb.GenerateResponse]:
+    """Turn one update of a worker into the messages a caller sees, in the order of the stream's grammar."""
+    responses: list[pb.GenerateResponse] = []
+    if update.HasField("started"):
+        started = pb.Started(
+            generation_id=generation_id,
+            load_id=lease.load_id,
+            prompt_tokens=update.started.prompt_tokens,
+            model=lease.model_id,
+        )
+        responses.append(pb.GenerateResponse(started=started))
+    if update.HasField("prompt_progress"):
+        responses.append(pb.GenerateResponse(prompt_progress=update.prompt_progress))
+    if update.HasField("deltas"):
+        responses.append(pb.GenerateResponse(deltas=update.deltas))
+    if update.HasField("finished"):
+        finished = update.finished
+        generated = pb.Generated(usage=finished.usage, timings=finished.timings, seed=finished.seed)
+        if lease.load_wait_seconds > 0:
+            generated.timings.load_duration.FromNanoseconds(int(lease.load_wait_seconds * 1e9))
+        structlog.contextvars.bind_contextvars(
+            prompt_tokens=finished.usage.prompt_tokens, completion_tokens=finished.usage.completion_tokens
+        )
+        responses.append(pb.GenerateResponse(generated=generated))
+    return responses
