@@ -76,7 +76,9 @@ async def serving(
     )
     service = ModelManagerService(manager, version=version("paddock"))
     try:
-        rpc = RpcServer(service, host=config.grpc_host, port=config.grpc_port, with_reflection=config.reflection)
+        rpc = RpcServer(
+            service, host=config.grpc_host, port=config.grpc_port, with_reflection=config.reflection
+        )
     except AddressInUseError as error:
         raise StartError(str(error)) from error
     attached = contextlib.AsyncExitStack()
@@ -99,7 +101,10 @@ async def serving(
 
 
 async def run_server(
-    config: ServerConfig, *, attach: Attach | None = None, ready: Callable[[RunningServer], None] | None = None
+    config: ServerConfig,
+    *,
+    attach: Attach | None = None,
+    ready: Callable[[RunningServer], None] | None = None,
 ) -> None:
     """Run a server until SIGTERM or SIGINT. A second signal cuts the drain short.
 
@@ -131,7 +136,10 @@ async def run_server(
 
 
 def run(
-    config: ServerConfig, *, attach: Attach | None = None, ready: Callable[[RunningServer], None] | None = None
+    config: ServerConfig,
+    *,
+    attach: Attach | None = None,
+    ready: Callable[[RunningServer], None] | None = None,
 ) -> int:
     """Configure logging, run a server until it is told to stop, and return the exit code: 0 or 1."""
     configure_logging(config.log_level, config.log_format)

@@ -33,9 +33,17 @@ class RaisingService:
 def _error(reason: str) -> PaddockError:
     if reason == "BUG":
         raise ZeroDivisionError
-    violations = (FieldViolation("sampling.top_p", "must be at most 1"),) if reason == Reason.INVALID_FIELD else ()
+    violations = (
+        (FieldViolation("sampling.top_p", "must be at most 1"),) if reason == Reason.INVALID_FIELD else ()
+    )
     resource = "m" if reason == Reason.MODEL_NOT_FOUND else ""
-    return make_error(reason, f"A sentence about {reason}.", metadata={"model": "m"}, violations=violations, resource=resource)
+    return make_error(
+        reason,
+        f"A sentence about {reason}.",
+        metadata={"model": "m"},
+        violations=violations,
+        resource=resource,
+    )
 
 
 @pytest.fixture

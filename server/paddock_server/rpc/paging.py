@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from paddock.v1 import model_pb2
 
 
-def page(
-    request: pb.ListRequest, models: Sequence[model_pb2.Model], revision: int
-) -> pb.ListResponse:
+def page(request: pb.ListRequest, models: Sequence[model_pb2.Model], revision: int) -> pb.ListResponse:
     """Cut the page a request asks for out of all models, ordered by id.
 
     A page token holds the last id sent, so models that come and go between pages move no other model.
@@ -27,9 +25,7 @@ def page(
     size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
     after = _decode(request.page_token) if request.page_token else ""
     states = frozenset(request.states)
-    rest = [
-        model for model in models if model.id > after and (not states or model.state in states)
-    ]
+    rest = [model for model in models if model.id > after and (not states or model.state in states)]
     response = pb.ListResponse(models=rest[:size], revision=revision)
     if len(rest) > size:
         response.next_page_token = _encode(rest[size - 1].id)
@@ -44,4 +40,6 @@ def _decode(token: str) -> str:
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError) as error:
-        raise InvalidFieldError.of("page_token", "must be the next_page_token of an earlier response") from error
+        raise InvalidFieldError.of(
+            "page_token", "must be the next_page_token of an earlier response"
+        ) from error

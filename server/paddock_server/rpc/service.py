@@ -85,7 +85,9 @@ class ModelManagerService:
             async for update in generation:
                 if waiting_for_text and update.HasField("deltas"):
                     waiting_for_text = False
-                    structlog.contextvars.bind_contextvars(ttft_ms=round((time.monotonic() - begin) * 1000, 1))
+                    structlog.contextvars.bind_contextvars(
+                        ttft_ms=round((time.monotonic() - begin) * 1000, 1)
+                    )
                 for response in _responses(update, generation_id, lease):
                     yield response
 

@@ -59,7 +59,9 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Convert token ids to text."""
         return await self._service.detokenize(request)
 
-    def StreamLogs(self, request: pb.StreamLogsRequest, context: Any) -> AsyncGenerator[pb.StreamLogsResponse]:
+    def StreamLogs(
+        self, request: pb.StreamLogsRequest, context: Any
+    ) -> AsyncGenerator[pb.StreamLogsResponse]:
         """Stream log lines."""
         return self._service.stream_logs(request)
 
@@ -71,8 +73,6 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Delete a model's files."""
         return await self._service.delete(request)
 
-    async def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, context: Any
-    ) -> pb.GetServerInfoResponse:
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await self._service.get_server_info(request)

@@ -98,7 +98,8 @@ def embed(request: pb.EmbedRequest) -> None:
     _known_enum("autoload_policy", request.autoload_policy, pb.AutoloadPolicy.values())
     if not 1 <= len(request.texts) <= MAX_EMBED_TEXTS:
         raise InvalidFieldError.of(
-            "texts", f"must hold 1 to {MAX_EMBED_TEXTS} texts, not {len(request.texts)}; send more in several calls"
+            "texts",
+            f"must hold 1 to {MAX_EMBED_TEXTS} texts, not {len(request.texts)}; send more in several calls",
         )
 
 
@@ -169,19 +170,24 @@ def _stop(stop: gen.StopParams) -> None:
     for index, text in enumerate(stop.stop_sequences):
         if not 1 <= len(text) <= MAX_STOP_SEQUENCE_CHARACTERS:
             raise InvalidFieldError.of(
-                f"stop.stop_sequences[{index}]", f"must be 1 to {MAX_STOP_SEQUENCE_CHARACTERS} characters long"
+                f"stop.stop_sequences[{index}]",
+                f"must be 1 to {MAX_STOP_SEQUENCE_CHARACTERS} characters long",
             )
 
 
 def _constraint(constraint: gen.OutputConstraint) -> None:
     match constraint.WhichOneof("constraint"):
         case None:
-            raise InvalidFieldError.of("constraint", "one of json_schema, grammar and json_object is required")
+            raise InvalidFieldError.of(
+                "constraint", "one of json_schema, grammar and json_object is required"
+            )
         case "json_schema":
             _json_object("constraint.json_schema", constraint.json_schema)
         case "grammar":
             if not constraint.grammar.strip():
-                raise InvalidFieldError.of("constraint.grammar", "must be a GBNF grammar with a rule named root")
+                raise InvalidFieldError.of(
+                    "constraint.grammar", "must be a GBNF grammar with a rule named root"
+                )
         case "json_object":
             pass
 
@@ -196,7 +202,9 @@ def _in_range(
     above = value > low if low_open else value >= low
     if not (above and value <= high):
         low_text = f"more than {low}" if low_open else f"at least {low}"
-        raise InvalidFieldError.of(f"sampling.{name}", f"must be {low_text} and at most {high}, not {value:g}")
+        raise InvalidFieldError.of(
+            f"sampling.{name}", f"must be {low_text} and at most {high}, not {value:g}"
+        )
 
 
 def _known_enum(field: str, value: int, known: list[int], *, unspecified: bool = True) -> None:

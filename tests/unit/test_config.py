@@ -1,0 +1,77 @@
+"""Flags, over environment, over the TOML file, over defaults; what is wrong is named."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from paddock_server.config import ConfigError, ServerConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("parallel = 2\nctx_size = 2048\nbatch_size = 64\n")
+    monkeypatch.setenv("PADDOCK_CTX_SIZE", "4096")
+    monkeypatch.setenv("PADDOCK_BATCH_SIZE", "128")
+
+    config = ServerConfig.load({"batch_size": 256}, file)
+
+    assert (2, 4096, 256, 4) == (config.parallel, config.ctx_size, config.batch_size, config.models_max)
+
+
+def test_everything_listens_on_loopback_by_default() -> None:
+    assert "127.0.0.1" == ServerConfig.load({}).grpc_host
+
+
+def test_models_directories_are_separated_like_path_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.setenv("PADDOCK_MODELS_DIR", f"{first}{os.pathsep}{second}")
+
+    assert (first.resolve(), second.resolve()) == ServerConfig.load({}).models_dir
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"parallel": 0}, "--parallel (PADDOCK_PARALLEL)"),
+        ({"grpc_port": 70_000}, "--grpc-port"),
+        ({"log_level": "loud"}, "--log-level"),
+        ({"models_dir": ["no-such-directory"]}, "'no-such-directory' does not exist"),
+        ({"nonsense": 1}, "no setting named 'nonsense'"),
+    ],
+)
+def test_a_wrong_setting_is_named(flags: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig.load(flags)
+
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["parallel = ", "nonsense = 1\n"])
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text(text)
+
+    with pytest.raises(ConfigError):
+        ServerConfig.load({}, file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml"):
+        ServerConfig.load({}, tmp_path / "none.toml")
+
+
+def test_an_empty_state_directory_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADDOCK_STATE_DIR", "")
+
+    assert ServerConfig.load({}).state_dir is None

@@ -1,0 +1,56 @@
+"""Pages of List."""
+
+from __future__ import annotations
+
+import pytest
+from paddock.errors import InvalidFieldError
+from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
+from paddock_server.rpc.paging import page
+
+MODELS = [
+    model_pb2.Model(
+        id=f"m{index}", state=model_pb2.MODEL_STATE_LOADED if index % 2 else model_pb2.MODEL_STATE_UNLOADED
+    )
+    for index in range(5)
+]
+
+
+def test_pages_join_to_all_models_once_each() -> None:
+    seen: list[str] = []
+    token = ""
+    while True:
+        response = page(pb.ListRequest(page_size=2, page_token=token), MODELS, revision=7)
+        seen += [model.id for model in response.models]
+        assert 7 == response.revision
+        token = response.next_page_token
+        if not token:
+            break
+
+    assert ["m0", "m1", "m2", "m3", "m4"] == seen
+
+
+def test_a_model_that_goes_between_pages_moves_no_other() -> None:
+    first = page(pb.ListRequest(page_size=2), MODELS, revision=1)
+    rest = page(pb.ListRequest(page_size=5, page_token=first.next_page_token), MODELS[2:], revision=2)
+
+    assert ["m2", "m3", "m4"] == [model.id for model in rest.models]
+
+
+def test_states_filter() -> None:
+    response = page(pb.ListRequest(states=[model_pb2.MODEL_STATE_LOADED]), MODELS, revision=1)
+
+    assert ["m1", "m3"] == [model.id for model in response.models]
+
+
+def test_a_page_is_never_larger_than_a_thousand_and_fifty_by_default() -> None:
+    models = [model_pb2.Model(id=f"{index:05}") for index in range(1500)]
+
+    assert 1000 == len(page(pb.ListRequest(page_size=5000), models, revision=1).models)
+    assert 50 == len(page(pb.ListRequest(), models, revision=1).models)
+
+
+@pytest.mark.parametrize("token", ["%%", "_w=="])
+def test_a_made_up_page_token_is_refused(token: str) -> None:
+    with pytest.raises(InvalidFieldError, match="page_token"):
+        page(pb.ListRequest(page_token=token), MODELS, revision=1)
