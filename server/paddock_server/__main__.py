@@ -1,4 +1,4 @@
-"""`python -m paddock_server`: the server alone, configured by environment and defaults. `paddock serve` has flags."""
+"""`python -m paddock_server`: the server alone, configured by its environment. `paddock serve` has flags."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from paddock.api import ModelManagerApi
 from paddock_server.catalog import Catalog
 from paddock_server.config import ConfigError
 from paddock_server.logs import configure_logging
@@ -22,11 +23,9 @@ from paddock_server.rpc.service import ModelManagerService
 from paddock_server.supervisor import LocalLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
-
-    from paddock.api import ModelManagerApi
 
     from paddock_server.config import ServerConfig
     from paddock_server.supervisor import Launcher
@@ -57,14 +56,14 @@ class RunningServer:
 @contextlib.asynccontextmanager
 async def serving(
     config: ServerConfig, *, launcher: Launcher | None = None, attach: Attach | None = None
-) -> AsyncIterator[RunningServer]:
+) -> AsyncGenerator[RunningServer]:
     """Run a server for as long as the block runs, then stop it gracefully.
 
     Args:
         config: The settings.
         launcher: What starts workers; local processes by default.
-        attach: Runs something beside the server that calls the service directly, for example the gateway. It is
-            left when the server stops, while the models still serve what runs.
+        attach: Runs something beside the server that calls the service directly, for example the gateway. It
+            is left when the server stops, while the models still serve what runs.
 
     Raises:
         StartError: an address is taken.
@@ -112,10 +111,9 @@ async def run_server(
     """
     stop = asyncio.Event()
     current = asyncio.current_task()
-    assert current is not None
 
     def on_signal() -> None:
-        if stop.is_set():
+        if stop.is_set() and current is not None:
             current.cancel()
         stop.set()
 
@@ -147,17 +145,17 @@ def run(
         try:
             runner.run(run_server(config, attach=attach, ready=ready))
         except (StartError, ConfigError) as error:
-            log.error("server_cannot_start", error=str(error))
+            log.exception("server_cannot_start", error=str(error))
             return 1
     return 0
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's loop where it is installed: it halves what a frame from a worker costs (docs/design.md)."""
+    """Return uvloop's loop where it is installed: it halves what a frame from a worker costs."""
     if sys.platform == "win32":
         return None
     try:
-        import uvloop  # noqa: PLC0415  # optional, and a hundred milliseconds nobody else should pay
+        import uvloop  # optional, and a hundred milliseconds nobody else should pay
     except ImportError:
         return None
     return uvloop.new_event_loop

@@ -26,13 +26,13 @@ class ConfigError(Exception):
 
 
 def default_state_dir() -> Path:
-    """Return where the server keeps what it must remember: `$XDG_STATE_HOME/paddock` or its usual stand-in."""
+    """Return where the server keeps what it must remember: `$XDG_STATE_HOME/paddock` or its stand-in."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "paddock"
 
 
 class ServerConfig(BaseSettings):
-    """Settings of `paddock serve` and `paddock up`. Names are those of llama-server where the meaning is the same."""
+    """Settings of `paddock serve` and `paddock up`, named as in llama-server where they mean the same."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 

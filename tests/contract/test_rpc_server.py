@@ -10,6 +10,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from paddock.transport import connect
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_manager_pb2_grpc
@@ -17,6 +18,10 @@ from paddock_server.rpc.server import SERVICE, AddressInUseError, RpcServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+# The stub packages know only the synchronous stubs.
+HEALTH: Any = health_pb2_grpc
+REFLECTION: Any = reflection_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,27 +67,27 @@ async def server(service: EchoService) -> AsyncIterator[RpcServer]:
 @pytest.mark.parametrize("name", ["", SERVICE])
 async def test_health_is_serving_overall_and_per_service(server: RpcServer, name: str) -> None:
     async with connect(server.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub = HEALTH.HealthStub(channel)
         response = await stub.Check(health_pb2.HealthCheckRequest(service=name))
 
-    assert SERVING == response.status
+    assert response.status == SERVING
 
 
 async def test_health_watch_sees_the_server_going(server: RpcServer) -> None:
     async with connect(server.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub = HEALTH.HealthStub(channel)
         watch: Any = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         first = await watch.read()
         await server.announce_stop()
         second = await watch.read()
         watch.cancel()
 
-    assert (SERVING, NOT_SERVING) == (first.status, second.status)
+    assert (first.status, second.status) == (SERVING, NOT_SERVING)
 
 
 async def test_reflection_lists_and_describes_the_service(server: RpcServer) -> None:
     async with connect(server.address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub = REFLECTION.ServerReflectionStub(channel)
         call: Any = stub.ServerReflectionInfo(
             iter(
                 [
@@ -106,7 +111,7 @@ async def test_the_callers_request_id_is_logged_and_comes_back(
         await call
         trailing = dict(await call.trailing_metadata())
 
-    assert "req-1" == trailing["x-request-id"]
+    assert trailing["x-request-id"] == "req-1"
     line = next(line for line in "".join(capsys.readouterr()).splitlines() if "req-1" in line)
     for expected in ("Get", "OK", "duration_ms", "model"):
         assert expected in line
@@ -144,7 +149,7 @@ async def test_a_deadline_closes_the_services_generator(server: RpcServer, servi
                 pass
         await asyncio.wait_for(service.closed.wait(), 10)
 
-    assert grpc.StatusCode.DEADLINE_EXCEEDED == caught.value.code()
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_a_second_server_on_the_port_is_refused_with_advice(server: RpcServer) -> None:

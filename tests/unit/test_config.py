@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+
 from paddock_server.config import ConfigError, ServerConfig
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ def test_flags_beat_environment_beats_file_beats_defaults(
 
     config = ServerConfig.load({"batch_size": 256}, file)
 
-    assert (2, 4096, 256, 4) == (config.parallel, config.ctx_size, config.batch_size, config.models_max)
+    assert (config.parallel, config.ctx_size, config.batch_size, config.models_max) == (2, 4096, 256, 4)
 
 
 def test_everything_listens_on_loopback_by_default() -> None:
-    assert "127.0.0.1" == ServerConfig.load({}).grpc_host
+    assert ServerConfig.load({}).grpc_host == "127.0.0.1"
 
 
 def test_models_directories_are_separated_like_path_in_the_environment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from paddock.errors import InvalidFieldError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
@@ -22,32 +23,32 @@ def test_pages_join_to_all_models_once_each() -> None:
     while True:
         response = page(pb.ListRequest(page_size=2, page_token=token), MODELS, revision=7)
         seen += [model.id for model in response.models]
-        assert 7 == response.revision
+        assert response.revision == 7
         token = response.next_page_token
         if not token:
             break
 
-    assert ["m0", "m1", "m2", "m3", "m4"] == seen
+    assert seen == ["m0", "m1", "m2", "m3", "m4"]
 
 
 def test_a_model_that_goes_between_pages_moves_no_other() -> None:
     first = page(pb.ListRequest(page_size=2), MODELS, revision=1)
     rest = page(pb.ListRequest(page_size=5, page_token=first.next_page_token), MODELS[2:], revision=2)
 
-    assert ["m2", "m3", "m4"] == [model.id for model in rest.models]
+    assert [model.id for model in rest.models] == ["m2", "m3", "m4"]
 
 
 def test_states_filter() -> None:
     response = page(pb.ListRequest(states=[model_pb2.MODEL_STATE_LOADED]), MODELS, revision=1)
 
-    assert ["m1", "m3"] == [model.id for model in response.models]
+    assert [model.id for model in response.models] == ["m1", "m3"]
 
 
 def test_a_page_is_never_larger_than_a_thousand_and_fifty_by_default() -> None:
     models = [model_pb2.Model(id=f"{index:05}") for index in range(1500)]
 
-    assert 1000 == len(page(pb.ListRequest(page_size=5000), models, revision=1).models)
-    assert 50 == len(page(pb.ListRequest(), models, revision=1).models)
+    assert len(page(pb.ListRequest(page_size=5000), models, revision=1).models) == 1000
+    assert len(page(pb.ListRequest(), models, revision=1).models) == 50
 
 
 @pytest.mark.parametrize("token", ["%%", "_w=="])

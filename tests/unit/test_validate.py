@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+
 from paddock.errors import InvalidFieldError
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.rpc import validate
 
+UNKNOWN: Any = 9
+UNSPECIFIED: Any = 0
 USER = gen.ChatMessage(role=gen.ROLE_USER, content=[gen.ContentPart(text="hi")])
 
 
 def _generate(**fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(**({"model": "m", "prompt": "hi"} | fields))
+    defaults: dict[str, Any] = {"model": "m", "prompt": "hi"}
+    return pb.GenerateRequest(**(defaults | fields))
 
 
 def _chat(**fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(model="m", chat=gen.ChatInput(**({"messages": [USER]} | fields)))
+    defaults: dict[str, Any] = {"messages": [USER]}
+    return pb.GenerateRequest(model="m", chat=gen.ChatInput(**(defaults | fields)))
 
 
 def _message(**fields: Any) -> pb.GenerateRequest:
@@ -106,12 +111,12 @@ def test_a_good_generate_passes(request_: pb.GenerateRequest) -> None:
 
 BAD_REQUESTS = [
     ("model", validate.load, pb.LoadRequest()),
-    ("conflict_policy", validate.load, pb.LoadRequest(model="m", conflict_policy=9)),
+    ("conflict_policy", validate.load, pb.LoadRequest(model="m", conflict_policy=UNKNOWN)),
     ("load_timeout", validate.load, pb.LoadRequest(model="m", load_timeout=Duration())),
-    ("mode", validate.unload, pb.UnloadRequest(model="m", mode=9)),
+    ("mode", validate.unload, pb.UnloadRequest(model="m", mode=UNKNOWN)),
     ("drain_timeout", validate.unload, pb.UnloadRequest(model="m", drain_timeout=Duration(seconds=-1))),
     ("page_size", validate.list_models, pb.ListRequest(page_size=-1)),
-    ("states[0]", validate.list_models, pb.ListRequest(states=[0])),
+    ("states[0]", validate.list_models, pb.ListRequest(states=[UNSPECIFIED])),
     ("texts", validate.embed, pb.EmbedRequest(model="m")),
     ("texts", validate.embed, pb.EmbedRequest(model="m", texts=["a"] * 65)),
     ("token_ids[0]", validate.detokenize, pb.DetokenizeRequest(model="m", token_ids=[-5])),

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 import structlog
 from grpc_status import rpc_status
+
 from paddock.api import request_id as request_id_var
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.status import to_status
@@ -32,9 +33,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Any:
         """Return the method's handler with the call's surroundings added."""
         handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method
@@ -73,7 +74,7 @@ def _streaming(
 
 
 @asynccontextmanager
-async def _surroundings(method: str, context: Any) -> AsyncIterator[None]:
+async def _surroundings(method: str, context: Any) -> AsyncGenerator[None]:
     """Bind the request id, turn an error into a status, and log the call once it has ended."""
     request_id = _request_id(context)
     request_id_var.set(request_id)
@@ -91,7 +92,7 @@ async def _surroundings(method: str, context: Any) -> AsyncIterator[None]:
             error, code = raised, raised.code
         except (asyncio.CancelledError, GeneratorExit):
             raise
-        except Exception:  # the one place where a bug becomes a status  # noqa: BLE001
+        except Exception:  # the one place where a bug becomes a status
             log.exception("rpc_bug")
             error = make_error(
                 Reason.INTERNAL, f"A bug in the server; its log says more under request id {request_id}."

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from paddock.errors import InvalidFieldError
 from paddock.v1 import model_manager_pb2 as pb
-
 from paddock_server.rpc.validate import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -40,6 +39,5 @@ def _decode(token: str) -> str:
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError) as error:
-        raise InvalidFieldError.of(
-            "page_token", "must be the next_page_token of an earlier response"
-        ) from error
+        msg = "page_token"
+        raise InvalidFieldError.of(msg, "must be the next_page_token of an earlier response") from error

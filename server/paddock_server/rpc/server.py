@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
 
+from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
 from paddock_server.rpc.interceptor import CallInterceptor
 from paddock_server.rpc.servicer import ModelManagerServicer
 
@@ -28,8 +28,8 @@ _OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_SEND_BYTES),
     # Without this, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
-    # A stream may be silent for minutes while a model loads. Clients may ping every ten seconds to keep middleboxes
-    # from dropping it, and the server pings too, so that a client whose machine has gone is noticed.
+    # A stream may be silent for minutes while a model loads. Clients may ping every ten seconds to keep
+    # middleboxes from dropping it, and the server pings too, to notice a client whose machine has gone.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -58,7 +58,7 @@ class RpcServer:
             bound_port = self._server.add_insecure_port(target)
         except RuntimeError as error:
             message = (
-                f"Cannot listen for gRPC on {target}: the port is taken or the address is not this machine's. "
+                f"Cannot listen for gRPC on {target}: the port is taken or the address is not ours. "
                 "Choose another with --grpc-port or --grpc-host."
             )
             raise AddressInUseError(message) from error

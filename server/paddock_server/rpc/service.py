@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
-
 from paddock_server.rpc import validate
 from paddock_server.rpc.paging import page
 from paddock_server.worker.v1 import worker_pb2
@@ -126,7 +126,7 @@ class ModelManagerService:
         validate.model_name(request.model)
         raise make_error(
             Reason.NOT_IMPLEMENTED,
-            "This server cannot download models yet. Put the GGUF file into a directory given by --models-dir.",
+            "This server cannot download models yet. Put the GGUF file into a directory of --models-dir.",
         )
         yield pb.DownloadResponse()  # pyright: ignore[reportUnreachable]  # makes this a generator
 

@@ -1,7 +1,7 @@
 """The gRPC servicer: hands every call to the service.
 
-A streaming method returns the service's generator as it is; `CallInterceptor`, which wraps every method, iterates
-and closes it, and turns errors into statuses.
+A streaming method returns the service's generator as it is; `CallInterceptor`, which wraps every method,
+iterates and closes it, and turns errors into statuses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a request must look like before anything is done for it. Pure; each problem names its field.
 
-Only what needs no model is checked here. What depends on the vocabulary, the context or the template is checked by
-the worker, which answers with the same field names.
+Only what needs no model is checked here. What depends on the vocabulary, the context or the template is
+checked by the worker, which answers with the same field names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from google.protobuf.duration_pb2 import Duration
 
@@ -38,9 +38,11 @@ TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 def model_name(model: str) -> None:
     """Check the `model` field every request about a model has."""
     if not model:
-        raise InvalidFieldError.of("model", "must name a model; List shows the models there are")
+        msg = "model"
+        raise InvalidFieldError.of(msg, "must name a model; List shows the models there are")
     if len(model) > MAX_MODEL_NAME_CHARACTERS:
-        raise InvalidFieldError.of("model", f"must be at most {MAX_MODEL_NAME_CHARACTERS} characters long")
+        msg = "model"
+        raise InvalidFieldError.of(msg, f"must be at most {MAX_MODEL_NAME_CHARACTERS} characters long")
 
 
 def load(request: pb.LoadRequest) -> None:
@@ -56,13 +58,15 @@ def unload(request: pb.UnloadRequest) -> None:
     model_name(request.model)
     _known_enum("mode", request.mode, pb.UnloadMode.values())
     if request.HasField("drain_timeout") and request.drain_timeout.ToNanoseconds() < 0:
-        raise InvalidFieldError.of("drain_timeout", "must not be negative")
+        msg = "drain_timeout"
+        raise InvalidFieldError.of(msg, "must not be negative")
 
 
 def list_models(request: pb.ListRequest) -> None:
     """Check a `ListRequest`."""
     if request.page_size < 0:
-        raise InvalidFieldError.of("page_size", "must not be negative; 0 takes the default of 50")
+        msg = "page_size"
+        raise InvalidFieldError.of(msg, "must not be negative; 0 takes the default of 50")
     for index, state in enumerate(request.states):
         _known_enum(f"states[{index}]", state, model_pb2.ModelState.values(), unspecified=False)
 
@@ -72,22 +76,26 @@ def generate(request: pb.GenerateRequest) -> None:
     model_name(request.model)
     match request.WhichOneof("input"):
         case None:
-            raise InvalidFieldError.of("input", "one of chat, prompt and tokens is required")
+            msg = "input"
+            raise InvalidFieldError.of(msg, "one of chat, prompt and tokens is required")
         case "chat":
             _chat(request.chat)
         case "tokens":
             _token_ids("tokens.token_ids", request.tokens.token_ids)
             if not request.tokens.token_ids:
-                raise InvalidFieldError.of("tokens.token_ids", "must hold at least one token id")
+                msg = "tokens.token_ids"
+                raise InvalidFieldError.of(msg, "must hold at least one token id")
         case "prompt":
             pass  # Any text will do; an empty one is the beginning-of-sequence token alone.
     if not 0 <= request.choice_count <= MAX_CHOICES:
-        raise InvalidFieldError.of("choice_count", f"must be 1 to {MAX_CHOICES}; 0 takes the default of 1")
+        msg = "choice_count"
+        raise InvalidFieldError.of(msg, f"must be 1 to {MAX_CHOICES}; 0 takes the default of 1")
     _known_enum("autoload_policy", request.autoload_policy, pb.AutoloadPolicy.values())
     _sampling(request.sampling)
     _stop(request.stop)
     if request.HasField("logprobs") and not 0 <= request.logprobs.top_count <= MAX_TOP_LOGPROBS:
-        raise InvalidFieldError.of("logprobs.top_count", f"must be 0 to {MAX_TOP_LOGPROBS}")
+        msg = "logprobs.top_count"
+        raise InvalidFieldError.of(msg, f"must be 0 to {MAX_TOP_LOGPROBS}")
     if request.HasField("constraint"):
         _constraint(request.constraint)
 
@@ -97,8 +105,9 @@ def embed(request: pb.EmbedRequest) -> None:
     model_name(request.model)
     _known_enum("autoload_policy", request.autoload_policy, pb.AutoloadPolicy.values())
     if not 1 <= len(request.texts) <= MAX_EMBED_TEXTS:
+        msg = "texts"
         raise InvalidFieldError.of(
-            "texts",
+            msg,
             f"must hold 1 to {MAX_EMBED_TEXTS} texts, not {len(request.texts)}; send more in several calls",
         )
 
@@ -113,33 +122,41 @@ def stream_logs(request: pb.StreamLogsRequest) -> None:
     """Check a `StreamLogsRequest`."""
     model_name(request.model)
     if request.tail_line_count < 0:
-        raise InvalidFieldError.of("tail_line_count", "must not be negative; 0 starts with every line held")
+        msg = "tail_line_count"
+        raise InvalidFieldError.of(msg, "must not be negative; 0 starts with every line held")
 
 
 def _chat(chat: gen.ChatInput) -> None:
     if not chat.messages:
-        raise InvalidFieldError.of("chat.messages", "must hold at least one message")
+        msg = "chat.messages"
+        raise InvalidFieldError.of(msg, "must hold at least one message")
     for index, message in enumerate(chat.messages):
         path = f"chat.messages[{index}]"
         _known_enum(f"{path}.role", message.role, gen.Role.values(), unspecified=False)
         if message.tool_calls and message.role != gen.ROLE_ASSISTANT:
-            raise InvalidFieldError.of(f"{path}.tool_calls", "belongs to messages of the assistant only")
+            msg = f"{path}.tool_calls"
+            raise InvalidFieldError.of(msg, "belongs to messages of the assistant only")
         if message.role == gen.ROLE_TOOL and not message.tool_call_id:
-            raise InvalidFieldError.of(f"{path}.tool_call_id", "is required in a message of a tool")
+            msg = f"{path}.tool_call_id"
+            raise InvalidFieldError.of(msg, "is required in a message of a tool")
         for part_index, part in enumerate(message.content):
             if part.WhichOneof("part") is None:
-                raise InvalidFieldError.of(f"{path}.content[{part_index}]", "must hold a text or an image")
+                msg = f"{path}.content[{part_index}]"
+                raise InvalidFieldError.of(msg, "must hold a text or an image")
         for call_index, call in enumerate(message.tool_calls):
             _json_object(f"{path}.tool_calls[{call_index}].arguments_json", call.arguments_json or "{}")
     if len(chat.tools) > MAX_TOOLS:
-        raise InvalidFieldError.of("chat.tools", f"must hold at most {MAX_TOOLS} tools")
+        msg = "chat.tools"
+        raise InvalidFieldError.of(msg, f"must hold at most {MAX_TOOLS} tools")
     for index, tool in enumerate(chat.tools):
         if not TOOL_NAME.fullmatch(tool.name):
-            raise InvalidFieldError.of(f"chat.tools[{index}].name", f"must match {TOOL_NAME.pattern}")
+            msg = f"chat.tools[{index}].name"
+            raise InvalidFieldError.of(msg, f"must match {TOOL_NAME.pattern}")
         if tool.parameters_json_schema:
             _json_object(f"chat.tools[{index}].parameters_json_schema", tool.parameters_json_schema)
     if chat.tool_choice.tool_name and chat.tool_choice.tool_name not in {tool.name for tool in chat.tools}:
-        raise InvalidFieldError.of("chat.tool_choice.tool_name", "must be the name of one of chat.tools")
+        msg = "chat.tool_choice.tool_name"
+        raise InvalidFieldError.of(msg, "must be the name of one of chat.tools")
     if chat.template_arguments_json:
         _json_object("chat.template_arguments_json", chat.template_arguments_json)
 
@@ -154,23 +171,29 @@ def _sampling(sampling: gen.SamplingParams) -> None:
     _in_range(sampling, "repetition_penalty", 0, 10, low_open=True)
     _in_range(sampling, "penalty_last_tokens", -1, MAX_TOKEN_ID)
     if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
-        raise InvalidFieldError.of("sampling.logit_bias", f"must hold at most {MAX_LOGIT_BIASES} tokens")
+        msg = "sampling.logit_bias"
+        raise InvalidFieldError.of(msg, f"must hold at most {MAX_LOGIT_BIASES} tokens")
     for token_id, bias in sampling.logit_bias.items():
         if token_id < 0:
-            raise InvalidFieldError.of(f"sampling.logit_bias[{token_id}]", "must be a token id, not negative")
+            msg = f"sampling.logit_bias[{token_id}]"
+            raise InvalidFieldError.of(msg, "must be a token id, not negative")
         if math.isnan(bias):
-            raise InvalidFieldError.of(f"sampling.logit_bias[{token_id}]", "must be a number")
+            msg = f"sampling.logit_bias[{token_id}]"
+            raise InvalidFieldError.of(msg, "must be a number")
 
 
 def _stop(stop: gen.StopParams) -> None:
     if stop.HasField("max_tokens") and stop.max_tokens < 1:
-        raise InvalidFieldError.of("stop.max_tokens", "must be at least 1; leave it unset for no limit")
+        msg = "stop.max_tokens"
+        raise InvalidFieldError.of(msg, "must be at least 1; leave it unset for no limit")
     if len(stop.stop_sequences) > MAX_STOP_SEQUENCES:
-        raise InvalidFieldError.of("stop.stop_sequences", f"must hold at most {MAX_STOP_SEQUENCES} strings")
+        msg = "stop.stop_sequences"
+        raise InvalidFieldError.of(msg, f"must hold at most {MAX_STOP_SEQUENCES} strings")
     for index, text in enumerate(stop.stop_sequences):
         if not 1 <= len(text) <= MAX_STOP_SEQUENCE_CHARACTERS:
+            msg = f"stop.stop_sequences[{index}]"
             raise InvalidFieldError.of(
-                f"stop.stop_sequences[{index}]",
+                msg,
                 f"must be 1 to {MAX_STOP_SEQUENCE_CHARACTERS} characters long",
             )
 
@@ -178,16 +201,14 @@ def _stop(stop: gen.StopParams) -> None:
 def _constraint(constraint: gen.OutputConstraint) -> None:
     match constraint.WhichOneof("constraint"):
         case None:
-            raise InvalidFieldError.of(
-                "constraint", "one of json_schema, grammar and json_object is required"
-            )
+            msg = "constraint"
+            raise InvalidFieldError.of(msg, "one of json_schema, grammar and json_object is required")
         case "json_schema":
             _json_object("constraint.json_schema", constraint.json_schema)
         case "grammar":
             if not constraint.grammar.strip():
-                raise InvalidFieldError.of(
-                    "constraint.grammar", "must be a GBNF grammar with a rule named root"
-                )
+                msg = "constraint.grammar"
+                raise InvalidFieldError.of(msg, "must be a GBNF grammar with a rule named root")
         case "json_object":
             pass
 
@@ -202,12 +223,11 @@ def _in_range(
     above = value > low if low_open else value >= low
     if not (above and value <= high):
         low_text = f"more than {low}" if low_open else f"at least {low}"
-        raise InvalidFieldError.of(
-            f"sampling.{name}", f"must be {low_text} and at most {high}, not {value:g}"
-        )
+        msg = f"sampling.{name}"
+        raise InvalidFieldError.of(msg, f"must be {low_text} and at most {high}, not {value:g}")
 
 
-def _known_enum(field: str, value: int, known: list[int], *, unspecified: bool = True) -> None:
+def _known_enum(field: str, value: int, known: Sequence[int], *, unspecified: bool = True) -> None:
     if value not in known or (value == 0 and not unspecified):
         raise InvalidFieldError.of(field, f"{value} is not a value this server knows")
 
@@ -220,7 +240,8 @@ def _positive_duration(field: str, duration: Duration) -> None:
 def _token_ids(field: str, token_ids: Iterable[int]) -> None:
     for index, token_id in enumerate(token_ids):
         if token_id < 0:
-            raise InvalidFieldError.of(f"{field}[{index}]", "must be a token id, not negative")
+            msg = f"{field}[{index}]"
+            raise InvalidFieldError.of(msg, "must be a token id, not negative")
 
 
 def _json_object(field: str, text: str) -> None:
