@@ -1,0 +1,33 @@
+"""The models on disk: a bounded GGUF header reader, and the scan of the model directories.
+
+Nothing here is asynchronous; call it from a thread.
+"""
+
+from __future__ import annotations
+
+from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
+from paddock_server.catalog.directory import Catalog
+from paddock_server.catalog.entries import CatalogDiff, CatalogEntry, CatalogProblem, ProblemReason, diff
+from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
+from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
+from paddock_server.catalog.roots import CatalogError
+
+__all__ = [
+    "Catalog",
+    "CatalogDiff",
+    "CatalogEntry",
+    "CatalogError",
+    "CatalogProblem",
+    "GgufError",
+    "GgufHeader",
+    "ModelFacts",
+    "OmittedValue",
+    "ProblemReason",
+    "Split",
+    "TensorInfo",
+    "UnsupportedGgufError",
+    "diff",
+    "merged_facts",
+    "model_facts",
+    "read_header",
+]

@@ -1,0 +1,237 @@
+"""The models in the configured directories: which there are, what they are, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from enum import Enum, auto
+from pathlib import Path
+from typing import NamedTuple
+
+from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError, displayed, quoted
+from paddock_server.catalog.entries import CatalogEntry, CatalogProblem, ProblemReason, conflict, problem
+from paddock_server.catalog.facts import ModelFacts, merged_facts, model_facts
+from paddock_server.catalog.gguf import read_header
+from paddock_server.catalog.roots import (
+    DIRECTORY_FIELD,
+    LOCAL_PATH_FIELD,
+    MODEL_SUFFIX,
+    CatalogError,
+    FoundPath,
+    ModelRoots,
+    without_control_characters,
+)
+from paddock_server.catalog.shards import FileGroup, grouped, split_fault
+
+_NAMED_FILES = 5
+_FILE_SYSTEM = "the file system"
+_FILE_NAMES = "the file names"
+
+
+class _Fault(NamedTuple):
+    """Why a file has no facts."""
+
+    reason: ProblemReason
+    what: str
+    where: int | str
+
+
+class _Known(NamedTuple):
+    """What was read from a file, and how the file looked then."""
+
+    stamp: tuple[int, int, int]
+    result: ModelFacts | _Fault
+
+
+class _Role(Enum):
+    MODEL = auto()
+    PROJECTOR = auto()
+    OTHER = auto()
+
+
+class Catalog:
+    """The model directories. Every method reads files, so call it from a thread; threads take turns."""
+
+    def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
+        """Fails with CatalogError where a directory does not exist."""
+        self._roots = ModelRoots(directories)
+        self._known: dict[Path, _Known] = {}
+        self._lock = threading.Lock()
+
+    def scan(self) -> dict[str, CatalogEntry]:
+        """All models by id, in the order of their ids.
+
+        A file is read again only when its size, time of change or inode is another than the last time.
+
+        Raises:
+            CatalogError: a configured directory cannot be listed.
+        """
+        found: dict[str, list[CatalogEntry]] = {}
+        with self._lock:
+            self._known = {path: known for path, known in self._known.items() if path.exists()}
+            for root in self._roots.paths:
+                for entry in self._root_entries(root):
+                    found.setdefault(entry.id, []).append(entry)
+        return {
+            id_: entries[0] if len(entries) == 1 else conflict(id_, entries)
+            for id_, entries in sorted(found.items())
+        }
+
+    def resolve_local(self, path: str) -> CatalogEntry:
+        """The model at a path relative to a model directory: a file, any shard of a set, or a folder.
+
+        The path may lie deeper than a scan looks. The entry's id is the last part of the path, as in a scan.
+
+        Raises:
+            CatalogError: there is no model at that path, or it leaves the directories.
+        """
+        resolved, root = self._roots.resolve(path)
+        try:
+            with self._lock:
+                entry = self._entry_at(resolved, root)
+        except OSError as error:
+            raise CatalogError(
+                LOCAL_PATH_FIELD, f"{quoted(path)} cannot be listed: {error.strerror}"
+            ) from error
+        if entry is None:
+            message = f"{quoted(path)} is not a model; give a {MODEL_SUFFIX} file or a folder with one in it"
+            raise CatalogError(LOCAL_PATH_FIELD, message)
+        return entry
+
+    def _root_entries(self, root: Path) -> Iterator[CatalogEntry]:
+        try:
+            listing = self._roots.listing(root, root)
+        except OSError as error:
+            message = f"{displayed(root)!r} cannot be listed: {error.strerror}"
+            raise CatalogError(DIRECTORY_FIELD, message) from error
+        for group in grouped(listing.files):
+            if self._role(group.first) is _Role.MODEL:
+                yield self._group_entry(group.stem, group, None)
+        for folder in listing.folders:
+            entry = self._folder_entry(folder, root)
+            if entry is not None:
+                yield entry
+
+    def _entry_at(self, path: Path, root: Path) -> CatalogEntry | None:
+        if path.is_dir():
+            return self._folder_entry(FoundPath(path, displayed(path.relative_to(root))), root)
+        for group in grouped(self._roots.listing(path.parent, root).files):
+            if any(file.path == path for file in group.files):
+                is_model = self._role(group.first) is _Role.MODEL
+                return self._group_entry(group.stem, group, None) if is_model else None
+        return None
+
+    def _folder_entry(self, folder: FoundPath, root: Path) -> CatalogEntry | None:
+        if folder.fault is not None:
+            return _broken_folder(folder, folder.fault, _FILE_SYSTEM)
+        try:
+            groups = grouped(self._roots.listing(folder.path, root).files)
+        except OSError as error:
+            return _broken_folder(folder, f"cannot be listed: {error.strerror}", _FILE_SYSTEM)
+        roles = [(self._role(group.first), group) for group in groups]
+        models = [group for role, group in roles if role is _Role.MODEL]
+        if not models:
+            return None
+        if len(models) > 1:
+            names = ", ".join(displayed(group.first.path.name) for group in models[:_NAMED_FILES])
+            what = f"holds {len(models)} models, among them {names}; keep one model in a folder"
+            return _broken_folder(folder, what, _FILE_NAMES)
+        projectors = [group.first for role, group in roles if role is _Role.PROJECTOR]
+        projector = next((file.path for file in projectors if file.fault is None), None)
+        return self._group_entry(folder.path.name, models[0], projector)
+
+    def _group_entry(self, name: str, group: FileGroup, projector: Path | None) -> CatalogEntry:
+        facts = self._group_facts(group)
+        id_, name_problem = _checked_id(name, group.relative_load_path)
+        return CatalogEntry(
+            id=id_,
+            path=group.load_path,
+            relative_path=group.relative_load_path,
+            shard_paths=tuple(file.path for file in group.files),
+            mmproj_path=projector,
+            size_bytes=sum(file.size_bytes for file in group.files),
+            modified_ns=max(file.modified_ns for file in group.files),
+            facts=facts if isinstance(facts, ModelFacts) and name_problem is None else None,
+            problem=name_problem or (facts if isinstance(facts, CatalogProblem) else None),
+        )
+
+    def _group_facts(self, group: FileGroup) -> ModelFacts | CatalogProblem:
+        set_fault = group.set_fault()
+        if set_fault is not None:
+            return problem(ProblemReason.MODEL_CORRUPT, group.first.relative, set_fault, _FILE_NAMES)
+        shards: list[ModelFacts] = []
+        for file in group.files:
+            result = self._read(file)
+            if isinstance(result, _Fault):
+                return problem(result.reason, file.relative, result.what, result.where)
+            shards.append(result)
+        fault = split_fault(group, shards)
+        if fault is not None:
+            return problem(ProblemReason.MODEL_CORRUPT, fault[0].relative, fault[1], "key 'split.count'")
+        facts = merged_facts(shards)
+        if not facts.architecture:
+            what = "does not name the architecture of its model"
+            where = "key 'general.architecture'"
+            return problem(ProblemReason.MODEL_CORRUPT, group.first.relative, what, where)
+        if not facts.tensor_count:
+            what = "has no tensors, so that it is a vocabulary at most and no model"
+            return problem(ProblemReason.UNSUPPORTED_MODEL, group.first.relative, what, "the header")
+        return facts
+
+    def _role(self, file: FoundPath) -> _Role:
+        if file.path.name.lower().startswith("mmproj"):
+            return _Role.PROJECTOR
+        facts = self._read(file)
+        if isinstance(facts, _Fault):
+            return _Role.MODEL
+        if facts.general_type == "mmproj" or facts.architecture == "clip":
+            return _Role.PROJECTOR
+        return _Role.OTHER if facts.general_type in {"adapter", "imatrix"} else _Role.MODEL
+
+    def _read(self, file: FoundPath) -> ModelFacts | _Fault:
+        if file.fault is not None:
+            return _Fault(ProblemReason.UNSUPPORTED_MODEL, file.fault, _FILE_SYSTEM)
+        stamp = (file.inode, file.size_bytes, file.modified_ns)
+        known = self._known.get(file.path)
+        if known is not None and known.stamp == stamp:
+            return known.result
+        try:
+            result = _read_facts(file.path)
+        except OSError as error:
+            # Not kept: permissions change without the file looking changed.
+            return _Fault(ProblemReason.UNSUPPORTED_MODEL, f"cannot be read: {error.strerror}", _FILE_SYSTEM)
+        self._known[file.path] = _Known(stamp, result)
+        return result
+
+
+def _read_facts(path: Path) -> ModelFacts | _Fault:
+    try:
+        return model_facts(read_header(path))
+    except UnsupportedGgufError as error:
+        return _Fault(ProblemReason.UNSUPPORTED_MODEL, error.what, error.offset)
+    except GgufError as error:
+        return _Fault(ProblemReason.MODEL_CORRUPT, error.what, error.offset)
+
+
+def _checked_id(name: str, relative_path: str) -> tuple[str, CatalogProblem | None]:
+    id_ = without_control_characters(name)
+    if id_ == name:
+        return id_, None
+    what = "has a name that is not UTF-8 or has control characters in it; rename it"
+    return id_, problem(ProblemReason.UNSUPPORTED_MODEL, relative_path, what, _FILE_NAMES)
+
+
+def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
+    id_, name_problem = _checked_id(folder.path.name, folder.relative)
+    return CatalogEntry(
+        id=id_,
+        path=folder.path,
+        relative_path=folder.relative,
+        shard_paths=(),
+        mmproj_path=None,
+        size_bytes=0,
+        modified_ns=folder.modified_ns,
+        facts=None,
+        problem=name_problem or problem(ProblemReason.UNSUPPORTED_MODEL, folder.relative, what, where),
+    )

@@ -1,0 +1,93 @@
+"""What a scan of the model directories finds, and how two scans differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from paddock_server.catalog.cursor import displayed
+from paddock_server.catalog.facts import ModelFacts
+
+
+class ProblemReason(StrEnum):
+    """Why a model in a directory cannot be loaded, in the words of ERRORS.md."""
+
+    MODEL_CORRUPT = "MODEL_CORRUPT"
+    UNSUPPORTED_MODEL = "UNSUPPORTED_MODEL"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogProblem:
+    """What keeps a model from being loaded: a sentence, and its parts by name for programs.
+
+    `metadata` has `file`, relative to the model directory, `what` is wrong with it, and `where`.
+    """
+
+    reason: ProblemReason
+    message: str
+    metadata: Mapping[str, str]
+
+
+def problem(reason: ProblemReason, file: str, what: str, where: int | str) -> CatalogProblem:
+    """A problem in its one form: `where` is an offset in the file in bytes, or what else shows it."""
+    place = f"byte {where}" if isinstance(where, int) else where
+    sentence = f"{file}: {what} (at {place})" if isinstance(where, int) else f"{file}: {what}"
+    return CatalogProblem(reason, sentence, {"file": file, "what": what, "where": place})
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One model in a directory.
+
+    `path` is the file to load, the first shard of a set; where a problem stands in the way, it may be a
+    folder or missing. `shard_paths` are all files of the model in their order, `size_bytes` their size
+    together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
+    `relative_path` is `path` as a LocalSource names it. Exactly one of `facts` and `problem` is set.
+    """
+
+    id: str
+    path: Path
+    relative_path: str
+    shard_paths: tuple[Path, ...]
+    mmproj_path: Path | None
+    size_bytes: int
+    modified_ns: int
+    facts: ModelFacts | None
+    problem: CatalogProblem | None
+
+
+def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:
+    """The entry that stands for several with one id: none of them can be loaded, since none is the one."""
+    paths = " and ".join(displayed(entry.path) for entry in entries)
+    what = f"{paths} have the same id {id_!r}; rename all but one"
+    return CatalogEntry(
+        id=id_,
+        path=entries[0].path,
+        relative_path=entries[0].relative_path,
+        shard_paths=(),
+        mmproj_path=None,
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        modified_ns=max(entry.modified_ns for entry in entries),
+        facts=None,
+        problem=problem(ProblemReason.UNSUPPORTED_MODEL, entries[0].relative_path, what, "the file names"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogDiff:
+    """Ids that appeared, went, or stand for other files than before, each in order."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+def diff(old: Mapping[str, CatalogEntry], new: Mapping[str, CatalogEntry]) -> CatalogDiff:
+    """What happened between two scans."""
+    return CatalogDiff(
+        added=tuple(sorted(new.keys() - old.keys())),
+        removed=tuple(sorted(old.keys() - new.keys())),
+        changed=tuple(sorted(id_ for id_ in old.keys() & new.keys() if old[id_] != new[id_])),
+    )
