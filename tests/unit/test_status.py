@@ -4,7 +4,11 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import (  # pyright: ignore[reportMissingTypeStubs]
+    code_pb2,
+    error_details_pb2,
+    status_pb2,
+)
 
 from paddock.errors import TABLE, Code, FieldViolation, InvalidFieldError, PaddockError, Reason, make_error
 from paddock.status import (

@@ -1,7 +1,7 @@
 """The errors of Paddock: one table, one exception class.
 
-The server raises them, the wire carries them as `google.rpc.Status` (`paddock.status`), the client raises them
-again and the gateway turns them into HTTP. `docs/errors.md` is this table in prose. The tree:
+The server raises them, the wire carries them as `google.rpc.Status` (`paddock.status`), the client raises
+them again and the gateway turns them into HTTP. `docs/errors.md` is this table in prose. The tree:
 
     PaddockError                 any reason; carries `reason`, `metadata`, `retry_after_seconds`, ...
       InvalidFieldError          a field of the request is wrong; `violations` names it
@@ -171,8 +171,8 @@ class FieldViolation:
 class PaddockError(Exception):
     """An error with a reason out of `Reason`. Raised by servers and clients alike.
 
-    `reason` is kept as text: a client may meet a server that knows more reasons than it does; such an error has
-    the row of `INTERNAL` but keeps its own gRPC `code`.
+    `reason` is kept as text: a client may meet a server that knows more reasons than it does; such an error
+    has the row of `INTERNAL` but keeps its own gRPC `code`.
     """
 
     def __init__(

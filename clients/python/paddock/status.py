@@ -1,7 +1,7 @@
 """Errors on the wire: `PaddockError` to `google.rpc.Status` and back.
 
-The only module that touches the `google.rpc` types. What `to_status` writes, `from_rpc_error` reads, for every
-row of `paddock.errors.TABLE` (`tests/unit/test_status.py`).
+The only module that touches the `google.rpc` types. What `to_status` writes, `from_rpc_error` reads, for
+every row of `paddock.errors.TABLE` (`tests/unit/test_status.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from urllib.parse import quote
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import (  # pyright: ignore[reportMissingTypeStubs]
+    code_pb2,
+    error_details_pb2,
+    status_pb2,
+)
 
 from paddock.errors import DOMAIN, Code, FieldViolation, PaddockError, Reason, make_error
 
@@ -172,7 +176,7 @@ def _from_status(status: status_pb2.Status) -> PaddockError | None:
 
 def _unpack(details: Iterable[AnyMessage], kind: type[DetailT]) -> DetailT | None:
     for detail in details:
-        if detail.Is(kind.DESCRIPTOR):
+        if detail.TypeName() == kind.DESCRIPTOR.full_name:
             message = kind()
             return message if detail.Unpack(message) else None
     return None
