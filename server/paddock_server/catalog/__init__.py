@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
 from paddock_server.catalog.directory import Catalog
-from paddock_server.catalog.entries import CatalogDiff, CatalogEntry, CatalogProblem, ProblemReason, diff
+from paddock_server.catalog.entries import CatalogDiff, CatalogEntry, CatalogProblem, diff
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.roots import CatalogError
@@ -22,7 +22,6 @@ __all__ = [
     "GgufHeader",
     "ModelFacts",
     "OmittedValue",
-    "ProblemReason",
     "Split",
     "TensorInfo",
     "UnsupportedGgufError",

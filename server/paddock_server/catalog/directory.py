@@ -9,17 +9,19 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple
 
+from paddock.errors import Reason
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError, displayed, quoted
-from paddock_server.catalog.entries import CatalogEntry, CatalogProblem, ProblemReason, conflict, problem
+from paddock_server.catalog.entries import CatalogEntry, CatalogProblem, conflict, problem
 from paddock_server.catalog.facts import ModelFacts, merged_facts, model_facts
 from paddock_server.catalog.gguf import read_header
 from paddock_server.catalog.roots import (
-    DIRECTORY_FIELD,
     LOCAL_PATH_FIELD,
     MODEL_SUFFIX,
     CatalogError,
     FoundPath,
     ModelRoots,
+    exists,
+    unlisted,
     without_control_characters,
 )
 from paddock_server.catalog.shards import FileGroup, grouped, split_fault
@@ -32,7 +34,7 @@ _FILE_NAMES = "the file names"
 class _Fault(NamedTuple):
     """Why a file has no facts."""
 
-    reason: ProblemReason
+    reason: Reason
     what: str
     where: int | str
 
@@ -54,7 +56,7 @@ class Catalog:
     """The model directories. Every method reads files, so call it from a thread; threads take turns."""
 
     def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
-        """Fails with CatalogError where a directory does not exist."""
+        """Fails with CatalogError where a directory cannot be listed."""
         self._roots = ModelRoots(directories)
         self._known: dict[Path, _Known] = {}
         self._lock = threading.Lock()
@@ -69,7 +71,7 @@ class Catalog:
         """
         found: dict[str, list[CatalogEntry]] = {}
         with self._lock:
-            self._known = {path: known for path, known in self._known.items() if path.exists()}
+            self._known = {path: known for path, known in self._known.items() if exists(path)}
             for root in self._roots.paths:
                 for entry in self._root_entries(root):
                     found.setdefault(entry.id, []).append(entry)
@@ -103,8 +105,7 @@ class Catalog:
         try:
             listing = self._roots.listing(root, root)
         except OSError as error:
-            message = f"{displayed(root)!r} cannot be listed: {error.strerror}"
-            raise CatalogError(DIRECTORY_FIELD, message) from error
+            raise unlisted(root, error) from error
         for group in grouped(listing.files):
             if self._role(group.first) is _Role.MODEL:
                 yield self._group_entry(group.stem, group, None)
@@ -159,7 +160,7 @@ class Catalog:
     def _group_facts(self, group: FileGroup) -> ModelFacts | CatalogProblem:
         set_fault = group.set_fault()
         if set_fault is not None:
-            return problem(ProblemReason.MODEL_CORRUPT, group.first.relative, set_fault, _FILE_NAMES)
+            return problem(Reason.MODEL_CORRUPT, group.first.relative, set_fault, _FILE_NAMES)
         shards: list[ModelFacts] = []
         for file in group.files:
             result = self._read(file)
@@ -168,15 +169,15 @@ class Catalog:
             shards.append(result)
         fault = split_fault(group, shards)
         if fault is not None:
-            return problem(ProblemReason.MODEL_CORRUPT, fault[0].relative, fault[1], "key 'split.count'")
+            return problem(Reason.MODEL_CORRUPT, fault[0].relative, fault[1], "key 'split.count'")
         facts = merged_facts(shards)
         if not facts.architecture:
             what = "does not name the architecture of its model"
             where = "key 'general.architecture'"
-            return problem(ProblemReason.MODEL_CORRUPT, group.first.relative, what, where)
+            return problem(Reason.MODEL_CORRUPT, group.first.relative, what, where)
         if not facts.tensor_count:
             what = "has no tensors, so that it is a vocabulary at most and no model"
-            return problem(ProblemReason.UNSUPPORTED_MODEL, group.first.relative, what, "the header")
+            return problem(Reason.UNSUPPORTED_MODEL, group.first.relative, what, "the header")
         return facts
 
     def _role(self, file: FoundPath) -> _Role:
@@ -191,7 +192,7 @@ class Catalog:
 
     def _read(self, file: FoundPath) -> ModelFacts | _Fault:
         if file.fault is not None:
-            return _Fault(ProblemReason.UNSUPPORTED_MODEL, file.fault, _FILE_SYSTEM)
+            return _Fault(Reason.UNSUPPORTED_MODEL, file.fault, _FILE_SYSTEM)
         stamp = (file.inode, file.size_bytes, file.modified_ns)
         known = self._known.get(file.path)
         if known is not None and known.stamp == stamp:
@@ -200,7 +201,7 @@ class Catalog:
             result = _read_facts(file.path)
         except OSError as error:
             # Not kept: permissions change without the file looking changed.
-            return _Fault(ProblemReason.UNSUPPORTED_MODEL, f"cannot be read: {error.strerror}", _FILE_SYSTEM)
+            return _Fault(Reason.UNSUPPORTED_MODEL, f"cannot be read: {error.strerror}", _FILE_SYSTEM)
         self._known[file.path] = _Known(stamp, result)
         return result
 
@@ -209,9 +210,9 @@ def _read_facts(path: Path) -> ModelFacts | _Fault:
     try:
         return model_facts(read_header(path))
     except UnsupportedGgufError as error:
-        return _Fault(ProblemReason.UNSUPPORTED_MODEL, error.what, error.offset)
+        return _Fault(Reason.UNSUPPORTED_MODEL, error.what, error.offset)
     except GgufError as error:
-        return _Fault(ProblemReason.MODEL_CORRUPT, error.what, error.offset)
+        return _Fault(Reason.MODEL_CORRUPT, error.what, error.offset)
 
 
 def _checked_id(name: str, relative_path: str) -> tuple[str, CatalogProblem | None]:
@@ -219,7 +220,7 @@ def _checked_id(name: str, relative_path: str) -> tuple[str, CatalogProblem | No
     if id_ == name:
         return id_, None
     what = "has a name that is not UTF-8 or has control characters in it; rename it"
-    return id_, problem(ProblemReason.UNSUPPORTED_MODEL, relative_path, what, _FILE_NAMES)
+    return id_, problem(Reason.UNSUPPORTED_MODEL, relative_path, what, _FILE_NAMES)
 
 
 def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
@@ -233,5 +234,5 @@ def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
         size_bytes=0,
         modified_ns=folder.modified_ns,
         facts=None,
-        problem=name_problem or problem(ProblemReason.UNSUPPORTED_MODEL, folder.relative, what, where),
+        problem=name_problem or problem(Reason.UNSUPPORTED_MODEL, folder.relative, what, where),
     )

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
+from paddock.errors import Reason
 from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.facts import ModelFacts
-
-
-class ProblemReason(StrEnum):
-    """Why a model in a directory cannot be loaded, in the words of ERRORS.md."""
-
-    MODEL_CORRUPT = "MODEL_CORRUPT"
-    UNSUPPORTED_MODEL = "UNSUPPORTED_MODEL"
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogProblem:
     """What keeps a model from being loaded: a sentence, and its parts by name for programs.
 
-    `metadata` has `file`, relative to the model directory, `what` is wrong with it, and `where`.
+    `reason` is MODEL_CORRUPT or UNSUPPORTED_MODEL. `metadata` has `file`, relative to the model directory,
+    `what` is wrong with it, and `where`.
     """
 
-    reason: ProblemReason
+    reason: Reason
     message: str
     metadata: Mapping[str, str]
 
 
-def problem(reason: ProblemReason, file: str, what: str, where: int | str) -> CatalogProblem:
+def problem(reason: Reason, file: str, what: str, where: int | str) -> CatalogProblem:
     """A problem in its one form: `where` is an offset in the file in bytes, or what else shows it."""
     place = f"byte {where}" if isinstance(where, int) else where
     sentence = f"{file}: {what} (at {place})" if isinstance(where, int) else f"{file}: {what}"
@@ -71,7 +65,7 @@ def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:
         size_bytes=sum(entry.size_bytes for entry in entries),
         modified_ns=max(entry.modified_ns for entry in entries),
         facts=None,
-        problem=problem(ProblemReason.UNSUPPORTED_MODEL, entries[0].relative_path, what, "the file names"),
+        problem=problem(Reason.UNSUPPORTED_MODEL, entries[0].relative_path, what, "the file names"),
     )
 
 

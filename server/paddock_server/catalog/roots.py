@@ -12,7 +12,7 @@ from pathlib import Path
 from paddock_server.catalog.cursor import displayed, quoted
 
 LOCAL_PATH_FIELD = "source.local.path"
-DIRECTORY_FIELD = "models_dir"
+_DIRECTORY_FIELD = "models_dir"
 MODEL_SUFFIX = ".gguf"
 
 _LEAVES = "is a link that leaves the configured model directories"
@@ -66,13 +66,14 @@ class ModelRoots:
     """The model directories. Links are followed as long as they end inside one of them."""
 
     def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
-        """Fails with CatalogError where a directory does not exist."""
+        """Fails with CatalogError where a directory cannot be listed."""
         roots: dict[Path, None] = {}
         for directory in directories:
             root = Path(os.path.realpath(directory))
-            if not root.is_dir():
-                message = f"{displayed(directory)!r} does not exist or is not a directory"
-                raise CatalogError(DIRECTORY_FIELD, message)
+            try:
+                os.scandir(root).close()
+            except OSError as error:
+                raise unlisted(directory, error) from error
             roots[root] = None
         self.paths = tuple(roots)
 
@@ -99,8 +100,9 @@ class ModelRoots:
 
     def _classify(self, path: Path, root: Path) -> tuple[FoundPath, bool] | None:
         relative = displayed(path.relative_to(root))
-        is_link = path.is_symlink()
+        is_link = False
         try:
+            is_link = path.is_symlink()
             status = path.stat()
         except FileNotFoundError:
             # What is no link was there a moment ago and has been deleted since.
@@ -125,7 +127,7 @@ class ModelRoots:
         # Before looking whether it exists: an answer must not tell what lies outside.
         if not all(self._contains(candidate) for candidate, _ in candidates):
             raise CatalogError(LOCAL_PATH_FIELD, f"{quoted(path)} {_LEAVES}")
-        existing = [(candidate, root) for candidate, root in candidates if _exists(candidate)]
+        existing = [(candidate, root) for candidate, root in candidates if exists(candidate)]
         if not existing:
             raise CatalogError(
                 LOCAL_PATH_FIELD, f"{quoted(path)} is in none of the configured model directories"
@@ -142,7 +144,13 @@ class ModelRoots:
         return any(real.is_relative_to(root) for root in self.paths)
 
 
-def _exists(path: Path) -> bool:
+def unlisted(directory: str | os.PathLike[str], error: OSError) -> CatalogError:
+    """The error about a configured directory that cannot be listed."""
+    return CatalogError(_DIRECTORY_FIELD, f"{displayed(directory)!r} cannot be listed: {error.strerror}")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path that can be looked at; never an error, as Path.exists can be."""
     try:
         path.stat()
     except OSError:
