@@ -44,8 +44,10 @@ GO_STUBS = "clients/go/paddock"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the checked-in stubs, write nothing")
+    parser = argparse.ArgumentParser(description="Makes or checks the checked-in stubs.")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the checked-in stubs, write nothing"
+    )
     check: bool = parser.parse_args().check
     try:
         with tempfile.TemporaryDirectory(prefix="paddock-gen-") as made:
@@ -53,7 +55,7 @@ def main() -> None:
     except StepError as err:
         fail(err)
     if check and differing:
-        say(f"{differing} of the checked-in stubs differ from what protos/ gives. Run `make gen` and commit the result.")
+        say(f"{differing} checked-in stubs differ from what protos/ gives; `make gen` writes them anew")
         sys.exit(1)
     if check:
         say("making the stubs again changes nothing")
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def generate(out: Path) -> list[str]:
-    """Writes every stub under `out` as it lies in the repository; gives the folders that are made up of stubs."""
+    """Writes every stub under `out` as it lies in the repository; gives the folders that hold stubs."""
     generator = generator_environment()
     folders: list[str] = []
     for stubs in PYTHON_STUBS:

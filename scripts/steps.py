@@ -9,12 +9,11 @@ import contextlib
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,36 +21,35 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 
-_TAIL_LINES = 25
+_ERROR_LINES = 5
+_TAIL_LINES = 20
 _TERMINAL_PERIOD_S = 1.0
 _LOG_PERIOD_S = 15.0
 _STOP_S = 10.0
 
-_CAUSES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"No space left on device|Disk quota exceeded"),
-        "The disk is full. Free about 2 GB and run the same command again; it goes on where it stopped.",
-    ),
-    (
-        re.compile(
-            r"name resolution|Name or service not known|nodename nor servname|Network is unreachable"
-            r"|Connection refused|Failed to establish a new connection|NewConnectionError|ConnectTimeout"
-            r"|Read timed out|ProxyError|dial tcp|no such host|from versions: none"
-        ),
-        "The package registry could not be reached. Check the network (and HTTPS_PROXY, PIP_INDEX_URL or GOPROXY "
-        "where you need them), then run the same command again; it goes on where it stopped.",
-    ),
-    (
-        re.compile(r"THESE PACKAGES DO NOT MATCH THE HASHES"),
-        "A downloaded package is not the one the lock names. Try once more; if it stays, the registry or a "
-        "proxy serves another file than the one that was locked.",
-    ),
-    (
-        re.compile(r"Killed signal terminated program|out of memory|Cannot allocate memory|std::bad_alloc"),
-        "The machine ran out of memory. Run again with fewer compilers at once: "
-        "CMAKE_BUILD_PARALLEL_LEVEL=1 make setup.",
-    ),
+_DISK_FULL = "The disk is full. Free about 2 GB and run the same command again; it goes on where it stopped."
+_NO_NETWORK = (
+    "The package registry could not be reached. Check the network (and HTTPS_PROXY, PIP_INDEX_URL or GOPROXY "
+    "where you need them), then run the same command again; it goes on where it stopped."
 )
+_WRONG_HASH = (
+    "A downloaded package is not the one the lock names. Try once more; if it stays, the registry or a proxy "
+    "serves another file than the one that was locked."
+)
+_OUT_OF_MEMORY = (
+    "The machine ran out of memory. Run again with fewer compilers at once: "
+    "CMAKE_BUILD_PARALLEL_LEVEL=1 make setup."
+)
+
+# What tools print, in the order it is looked for, and what it means for the person at the terminal.
+_CAUSES = {
+    r"No space left on device|Disk quota exceeded": _DISK_FULL,
+    r"THESE PACKAGES DO NOT MATCH THE HASHES": _WRONG_HASH,
+    r"Killed signal terminated program|out of memory|Cannot allocate memory|std::bad_alloc": _OUT_OF_MEMORY,
+    r"name resolution|Name or service not known|nodename nor servname|no such host": _NO_NETWORK,
+    r"Network is unreachable|NewConnectionError|ConnectTimeout|Read timed out": _NO_NETWORK,
+    r"ProxyError|dial tcp|Connection refused|from versions: none": _NO_NETWORK,
+}
 
 
 class StepError(Exception):
@@ -74,17 +72,17 @@ def elapsed(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def fingerprint(*parts: str | bytes | Path) -> str:
+def fingerprint(*parts: str | Path) -> str:
     """A short hash of texts and of the contents of files; it changes when any of them does."""
     digest = hashlib.sha256()
     for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else part if isinstance(part, bytes) else part.encode()
+        content = part.read_bytes() if isinstance(part, Path) else part.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()[:20]
 
 
 class _Heartbeat:
-    """One line that says a step is alive: rewritten in place on a terminal, repeated now and then elsewhere."""
+    """Says that a step is alive: one line rewritten on a terminal, a new line now and then elsewhere."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -114,62 +112,47 @@ def run(
     *,
     log: Path,
     env: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
     progress: Callable[[str], str | None] = lambda _: None,
 ) -> None:
-    """Runs a command with its output in `log`, showing a heartbeat until it ends.
+    """Runs a command in the repository root, its output going to `log`, and shows that it is alive.
 
     Args:
         what: The step in a few words, shown on the heartbeat line and in an error.
         command: Program and arguments.
         log: The file that takes everything the command prints; earlier content is replaced.
         env: Variables laid over the environment.
-        cwd: Where the command runs.
-        progress: Gives for a line of output the text to show beside the elapsed time, or None to keep the last.
+        progress: Gives for a line of output the text to show beside the time, or None to keep the last.
 
     Raises:
         StepError: The command is missing or failed; the message ends with its last lines.
     """
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    shown = ""
-
-    def drain(output: Iterator[str]) -> None:
-        nonlocal shown
-        with log.open("w", encoding="utf-8") as sink:
-            for line in output:
-                sink.write(line)
-                tail.append(line.rstrip()[:400])
-                shown = progress(line) or shown
-
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except FileNotFoundError as err:
-        msg = f"{what}: there is no program {command[0]}."
-        raise StepError(msg) from err
-    assert process.stdout is not None
-    reader = threading.Thread(target=drain, args=(process.stdout,), daemon=True)
-    reader.start()
     heartbeat = _Heartbeat(what)
-    try:
-        while _still_running(process):
-            heartbeat.beat(shown)
-    finally:
-        heartbeat.clear()
-        _stop(process)
-        reader.join(timeout=_STOP_S)
+    shown = ""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as output:
+        try:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except FileNotFoundError as err:
+            msg = f"{what}: there is no program {command[0]}."
+            raise StepError(msg) from err
+        try:
+            while _still_running(process):
+                for line in output:
+                    shown = progress(line) or shown
+                heartbeat.beat(shown)
+        finally:
+            heartbeat.clear()
+            _stop(process)
     if process.returncode != 0:
-        raise StepError(_failure(what, process.returncode, list(tail), log))
+        raise StepError(_failure(what, process.returncode, log))
 
 
 def _still_running(process: subprocess.Popen[str]) -> bool:
@@ -180,23 +163,32 @@ def _still_running(process: subprocess.Popen[str]) -> bool:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ends what an interrupt left running, so that no compiler outlives the command that started it."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(timeout=_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(timeout=_STOP_S)
+    """Ends what an interrupt left running, with its whole session: compilers are grandchildren."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_STOP_S)
 
 
-def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> str:
-    text = "\n".join(tail)
-    cause = next((f"{sentence}\n" for pattern, sentence in _CAUSES if pattern.search(text)), "")
+def _failure(what: str, status: int, log: Path) -> str:
+    """What went wrong, as far as the output tells: a known cause, the first errors, and the last lines."""
+    lines = [line[:400] for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    errors = [line for line in lines if re.search(r"\berror:", line, re.IGNORECASE)][:_ERROR_LINES]
+    tail = lines[-_TAIL_LINES:]
+    told = "\n".join([*errors, *tail])
     ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    lines = "\n".join(f"    {line}" for line in tail)
-    return f"{what} {ended}.\n{cause}Its last lines ({log} has them all):\n{lines}"
+    return "\n".join(
+        [
+            f"{what} {ended}.",
+            *(sentence for pattern, sentence in _CAUSES.items() if re.search(pattern, told)),
+            *(["The first errors it printed:", *(f"    {line}" for line in errors)] if errors else []),
+            f"Its last lines, of {log}:",
+            *(f"    {line}" for line in tail),
+        ]
+    )
 
 
 def _terminal_width() -> int:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from steps import StepError, run
+
+
+def _package_at_hand(line: str) -> str | None:
+    match = re.match(r"\s*(?:Collecting|Downloading|Building wheel for|Installing collected)\s+(\S+)", line)
+    return match.group(0).strip()[:80] if match else None
 
 
 class Environment:
@@ -40,7 +46,7 @@ class Environment:
         partial.replace(self._stamp_file)
 
     def works(self) -> bool:
-        """Whether its interpreter starts and is of the running version; a moved or updated Python breaks it."""
+        """Whether its interpreter starts and is of the running version; updating Python can break it."""
         version = "import sys; print(sys.version_info[:2])"
         try:
             found = subprocess.run(
@@ -52,27 +58,35 @@ class Environment:
 
     def create(self) -> None:
         """Makes the environment, over whatever lies at its path."""
-        try:
-            import ensurepip  # noqa: F401, PLC0415 - Debian ships Python without it
-            import venv  # noqa: F401, PLC0415
-        except ImportError as err:
+        # Debian ships Python without them.
+        if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
             package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
-            msg = f"this Python cannot make virtual environments. On Debian and Ubuntu: sudo apt install {package}"
-            raise StepError(msg) from err
+            msg = (
+                f"{sys.executable} cannot make environments. On Debian and Ubuntu: sudo apt install {package}"
+            )
+            raise StepError(msg)
         run(
             "making the virtual environment",
             [sys.executable, "-m", "venv", "--clear", self.path],
             log=self.logs / "venv.log",
         )
 
-    def pip(self, what: str, arguments: Sequence[str | Path], *, log: str, **variables: str) -> None:
-        """Runs its pip, showing which package is at hand."""
+    def pip(
+        self,
+        what: str,
+        arguments: Sequence[str | Path],
+        *,
+        log: str,
+        env: Mapping[str, str] | None = None,
+        progress: Callable[[str], str | None] = _package_at_hand,
+    ) -> None:
+        """Runs its pip, with its programs first on PATH and `env` laid over the environment."""
         run(
             what,
             [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments],
             log=self.logs / log,
-            env=variables,
-            progress=_package_at_hand,
+            env={"PATH": bin_path(self), **(env or {})},
+            progress=progress,
         )
 
     def install_locked(self, what: str, lock: Path, *, log: str) -> None:
@@ -85,7 +99,9 @@ def split_lock(text: str, package: str) -> tuple[str, str]:
     entries = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)
     found = [entry for entry in entries if entry.startswith(f"{package}==")]
     if len(found) != 1:
-        msg = f"the lock names {package} {len(found)} times; it must name it once. `make lock` writes it anew."
+        msg = (
+            f"the lock names {package} {len(found)} times; it must name it once. `make lock` writes it anew."
+        )
         raise StepError(msg)
     return found[0], "".join(entry for entry in entries if entry != found[0])
 
@@ -93,8 +109,3 @@ def split_lock(text: str, package: str) -> tuple[str, str]:
 def bin_path(environment: Environment) -> str:
     """A PATH with the environment's programs first."""
     return os.pathsep.join([str(environment.path / "bin"), os.environ.get("PATH", os.defpath)])
-
-
-def _package_at_hand(line: str) -> str | None:
-    match = re.match(r"\s*(?:Collecting|Downloading|Building wheel for|Installing collected)\s+(\S+)", line)
-    return match.group(0).strip()[:80] if match else None
