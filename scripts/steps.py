@@ -155,14 +155,14 @@ def run(
         raise StepError(_failure(what, process.returncode, log))
 
 
-def _still_running(process: subprocess.Popen[str]) -> bool:
+def _still_running(process: subprocess.Popen[bytes]) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=0.25)
         return False
     return True
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ends what an interrupt left running, with its whole session: compilers are grandchildren."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
