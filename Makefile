@@ -7,6 +7,7 @@ BIN := .venv/bin
 # Tools built into .cache/bin (grpcurl) are found by the tests that use them.
 WITH_TOOLS := PATH="$(CURDIR)/.cache/bin:$$PATH"
 PYTEST_ARGS ?=
+ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tools run test test-slow check lint types imports protos fmt gen gen-check lock bench clean
@@ -15,7 +16,7 @@ help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## Serve a tiny model, load it, stream an answer, and stay up until Ctrl-C.
-	@$(BIN)/python scripts/run_demo.py
+	@$(BIN)/python scripts/run_demo.py $(ARGS)
 
 test: setup tools check ## Everything CI checks: lint, types, imports, protos, and the tests.
 	@echo "paddock: running the tests"

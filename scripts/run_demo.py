@@ -1,0 +1,177 @@
+"""What `make run` shows: a model loading with progress, an answer streaming, and a server that stays up.
+
+The model is made here in a second and has random weights, so what it writes is noise. Everything else is real:
+the server, its worker process, llama.cpp, and the command line a user types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from steps import CACHE, ROOT, VENV, StepError, fail, run, say
+
+PADDOCK = VENV / "bin" / "paddock"
+MODEL = "noise"
+PROMPT = "Once upon a time"
+MODELS_DIR = ROOT / "build" / "demo-models"
+SERVER_LOG = CACHE / "logs" / "server.log"
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 45.0
+"""Longer than the server lets running requests go on for when it stops."""
+LOG_LINES_SHOWN = 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serves a tiny model and shows it at work.")
+    parser.add_argument("--port", type=int, default=8080, help="HTTP port (8080)")
+    parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port (50051)")
+    ports = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        show(ports.port, ports.grpc_port)
+    except StepError as err:
+        fail(err)
+
+
+def show(port: int, grpc_port: int) -> None:
+    """Makes the model, starts the server, loads and asks it, and waits until it is told to stop."""
+    for name, number in (("--port", port), ("--grpc-port", grpc_port)):
+        if is_listening(number):
+            msg = (
+                f"port {number} is taken by another program; choose one: make run ARGS='{name} {number + 1}'"
+            )
+            raise StepError(msg)
+    make_model()
+    server = start_server(port, grpc_port)
+    try:
+        wait_until_listening(server, port, grpc_port)
+        say(f"loading the model {MODEL}")
+        paddock(grpc_port, "load", MODEL)
+        say(
+            f'asking it to go on from "{PROMPT}". Its weights are random, so what follows is noise, not language:'
+        )
+        print(flush=True)
+        paddock(grpc_port, "run", MODEL, PROMPT)
+        print(flush=True)
+        tell_what_next(port, grpc_port)
+        server.wait()
+    except KeyboardInterrupt:
+        say("stopping")
+    finally:
+        stop(server)
+    if server.returncode != 0:
+        msg = f"the server ended with status {server.returncode}.\n{log_tail()}"
+        raise StepError(msg)
+
+
+def make_model() -> None:
+    if (MODELS_DIR / f"{MODEL}.gguf").exists():
+        return
+    say("making a tiny model with random weights")
+    run(
+        "making a model",
+        [VENV / "bin" / "python", "-m", "tests.models", "make", MODELS_DIR],
+        log=CACHE / "logs" / "demo-model.log",
+    )
+
+
+def start_server(port: int, grpc_port: int) -> subprocess.Popen[bytes]:
+    """Starts `paddock up`, its log in a file so that the terminal belongs to the answer."""
+    command = [PADDOCK, "up", "--models-dir", MODELS_DIR, "--port", str(port), "--grpc-port", str(grpc_port)]
+    say(f"starting the server: paddock up --models-dir {MODELS_DIR.relative_to(ROOT)}")
+    SERVER_LOG.parent.mkdir(parents=True, exist_ok=True)
+    with SERVER_LOG.open("wb") as log:
+        # A session of its own: Ctrl-C comes to this script, which then stops the server once.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_until_listening(server: subprocess.Popen[bytes], *ports: int) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not all(map(is_listening, ports)):
+        if server.poll() is not None:
+            msg = f"the server ended before it was ready.\n{log_tail()}"
+            raise StepError(msg)
+        if time.monotonic() > deadline:
+            msg = f"the server was not ready after {START_TIMEOUT_S:.0f} seconds.\n{log_tail()}"
+            raise StepError(msg)
+        time.sleep(0.1)
+
+
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def paddock(grpc_port: int, *arguments: str) -> None:
+    """Runs the command line as a user would, in this terminal."""
+    done = subprocess.run(
+        [PADDOCK, *arguments],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PADDOCK_SERVER": f"127.0.0.1:{grpc_port}"},
+        check=False,
+    )
+    if done.returncode != 0:
+        msg = f"paddock {arguments[0]} ended with status {done.returncode}.\n{log_tail()}"
+        raise StepError(msg)
+
+
+def tell_what_next(port: int, grpc_port: int) -> None:
+    question = (
+        f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+    )
+    server = "" if grpc_port == 50051 else f"PADDOCK_SERVER=127.0.0.1:{grpc_port} "
+    bin_dir = PADDOCK.parent.relative_to(ROOT)
+    print(
+        f"""
+The server is up until you press Ctrl-C.
+
+  HTTP, OpenAI-compatible   http://127.0.0.1:{port}/v1
+  gRPC                      127.0.0.1:{grpc_port}
+  its log                   {SERVER_LOG.relative_to(ROOT)}
+
+In another terminal:
+
+  {server}{bin_dir}/paddock ps
+  {server}{bin_dir}/paddock chat {MODEL}
+  curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{question}'
+
+With a model of yours, any GGUF file in a folder:
+
+  {bin_dir}/paddock up --models-dir FOLDER
+""",
+        flush=True,
+    )
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Stops the server as its users do, and by force if it does not."""
+    for number, patience in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        if server.poll() is not None:
+            return
+        server.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=patience)
+
+
+def log_tail() -> str:
+    lines = SERVER_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    return "\n".join(
+        [f"The last lines of {SERVER_LOG.relative_to(ROOT)}:", *(f"    {line}" for line in lines)]
+    )
+
+
+if __name__ == "__main__":
+    main()
