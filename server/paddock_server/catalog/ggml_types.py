@@ -56,8 +56,6 @@ TENSOR_TYPES: dict[int, TensorType] = {
 
 # Numbers that once meant a type and that ggml no longer reads: the file is sound, the engine is not for it.
 REMOVED_TENSOR_TYPES: dict[int, str] = {
-    4: "Q4_2",
-    5: "Q4_3",
     31: "Q4_0_4_4",
     32: "Q4_0_4_8",
     33: "Q4_0_8_8",
