@@ -1,7 +1,7 @@
 """What `make run` shows: a model loading with progress, an answer streaming, and a server that stays up.
 
-The model is made here in a second and has random weights, so what it writes is noise. Everything else is real:
-the server, its worker process, llama.cpp, and the command line a user types.
+The model is made here in a second and has random weights, so what it writes is noise. All else is real: the
+server, its worker process, llama.cpp, and the command line a user types.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 from steps import CACHE, ROOT, VENV, StepError, fail, run, say
 
@@ -35,7 +33,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080, help="HTTP port (8080)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port (50051)")
     ports = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         show(ports.port, ports.grpc_port)
     except StepError as err:
@@ -56,9 +55,7 @@ def show(port: int, grpc_port: int) -> None:
         wait_until_listening(server, port, grpc_port)
         say(f"loading the model {MODEL}")
         paddock(grpc_port, "load", MODEL)
-        say(
-            f'asking it to go on from "{PROMPT}". Its weights are random, so what follows is noise, not language:'
-        )
+        say(f'asking it to go on from "{PROMPT}"; its weights are random, so what follows is noise:')
         print(flush=True)
         paddock(grpc_port, "run", MODEL, PROMPT)
         print(flush=True)

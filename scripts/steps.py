@@ -48,7 +48,7 @@ _CAUSES = {
     r"Killed signal terminated program|out of memory|Cannot allocate memory|std::bad_alloc": _OUT_OF_MEMORY,
     r"name resolution|Name or service not known|nodename nor servname|no such host": _NO_NETWORK,
     r"Network is unreachable|NewConnectionError|ConnectTimeout|Read timed out": _NO_NETWORK,
-    r"ProxyError|dial tcp|Connection refused|from versions: none": _NO_NETWORK,
+    r"ProxyError|dial tcp|Connection refused": _NO_NETWORK,
 }
 
 
@@ -183,7 +183,7 @@ def _failure(what: str, status: int, log: Path) -> str:
     return "\n".join(
         [
             f"{what} {ended}.",
-            *(sentence for pattern, sentence in _CAUSES.items() if re.search(pattern, told)),
+            *dict.fromkeys(sentence for pattern, sentence in _CAUSES.items() if re.search(pattern, told)),
             *(["The first errors it printed:", *(f"    {line}" for line in errors)] if errors else []),
             f"Its last lines, of {log}:",
             *(f"    {line}" for line in tail),
