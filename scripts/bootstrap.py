@@ -8,6 +8,7 @@ and an interrupted run goes on where it stopped. Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Generator
 
 import llama_wheel
-from steps import CACHE, ROOT, VENV, StepError, elapsed, fail, fingerprint, say
+from steps import CACHE, DISK_FULL, ROOT, VENV, StepError, elapsed, fail, fingerprint, say
 from venvs import Environment, split_lock
 
 FREE_BYTES_NEEDED = 2_000_000_000
@@ -42,6 +43,10 @@ def main() -> None:
             say(f"ready after {elapsed(time.monotonic() - started)}")
     except StepError as err:
         fail(err)
+    except OSError as err:
+        if err.errno != errno.ENOSPC:
+            raise
+        fail(StepError(DISK_FULL))
     except KeyboardInterrupt:
         fail(StepError("interrupted; the same command goes on where this one stopped."))
 

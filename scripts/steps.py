@@ -27,7 +27,7 @@ _TERMINAL_PERIOD_S = 1.0
 _LOG_PERIOD_S = 15.0
 _STOP_S = 10.0
 
-_DISK_FULL = "The disk is full. Free about 2 GB and run the same command again; it goes on where it stopped."
+DISK_FULL = "The disk is full. Free about 2 GB and run the same command again; it goes on where it stopped."
 _NO_NETWORK = (
     "The package registry could not be reached. Check the network (and HTTPS_PROXY, PIP_INDEX_URL or GOPROXY "
     "where you need them), then run the same command again; it goes on where it stopped."
@@ -43,7 +43,7 @@ _OUT_OF_MEMORY = (
 
 # What tools print, in the order it is looked for, and what it means for the person at the terminal.
 _CAUSES = {
-    r"No space left on device|Disk quota exceeded": _DISK_FULL,
+    r"No space left on device|Disk quota exceeded": DISK_FULL,
     r"THESE PACKAGES DO NOT MATCH THE HASHES": _WRONG_HASH,
     r"Killed signal terminated program|out of memory|Cannot allocate memory|std::bad_alloc": _OUT_OF_MEMORY,
     r"name resolution|Name or service not known|nodename nor servname|no such host": _NO_NETWORK,

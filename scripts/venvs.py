@@ -91,7 +91,11 @@ class Environment:
 
     def install_locked(self, what: str, lock: Path, *, log: str) -> None:
         """Installs exactly what the lock names; pip refuses a file whose hash is not in it."""
-        self.pip(what, ["install", "--require-hashes", "--no-deps", "--requirement", lock], log=log)
+        self.pip(
+            what,
+            ["install", "--require-hashes", "--no-deps", "--progress-bar=off", "--requirement", lock],
+            log=log,
+        )
 
 
 def split_lock(text: str, package: str) -> tuple[str, str]:
