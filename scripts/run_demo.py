@@ -71,12 +71,10 @@ def show(port: int, grpc_port: int) -> None:
 
 
 def make_model() -> None:
-    if (MODELS_DIR / f"{MODEL}.gguf").exists():
-        return
     say("making a tiny model with random weights")
     run(
         "making a model",
-        [VENV / "bin" / "python", "-m", "tests.models", "make", MODELS_DIR],
+        [VENV / "bin" / "python", "-m", "tests.models", "make", MODELS_DIR, "--only", MODEL],
         log=CACHE / "logs" / "demo-model.log",
     )
 
