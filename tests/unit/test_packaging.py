@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +107,43 @@ def test_the_lock_satisfies_every_declared_dependency(wanted: Requirement) -> No
 
     assert versions, f"{wanted} is not in the lock; run `make lock`"
     assert all(wanted.specifier.contains(version) for version in versions), f"{wanted}: {versions}"
+
+
+PACKAGES = {
+    "clients/python/paddock": (),
+    "server/paddock_server": ("server",),
+    "gateway/paddock_gateway": ("gateway",),
+}
+OWN = {Path(package).name for package in PACKAGES}
+
+
+@pytest.mark.parametrize(("package", "extras"), PACKAGES.items(), ids=list(PACKAGES))
+def test_a_package_imports_what_its_extra_declares(package: str, extras: tuple[str, ...]) -> None:
+    project = PYPROJECT["project"]
+    texts = [
+        *project["dependencies"],
+        *(text for e in extras for text in project["optional-dependencies"][e]),
+    ]
+    declared_names = {canonicalize_name(Requirement(text).name) for text in texts}
+    providers = packages_distributions()
+    modules = {name for path in (ROOT / package).rglob("*.py") for name in imported_modules(path)}
+
+    undeclared = {
+        module
+        for module in modules - OWN - sys.stdlib_module_names - {"_typeshed"}
+        if not declared_names & {canonicalize_name(name) for name in providers.get(module, [])}
+    }
+
+    assert not undeclared
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Top-level names of the modules a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
 
 
 def test_the_changelog_knows_the_version() -> None:
