@@ -1,0 +1,178 @@
+"""Running the application in the event loop that is there already."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import socket
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+
+from paddock_gateway.app import GatewayOptions, create_app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+    from paddock.api import ModelManagerApi
+    from paddock_gateway.app import GatewayApp
+
+BACKLOG: Final = 2048
+KEEP_ALIVE_SECONDS: Final = 30
+"""How long an idle connection is kept open for its next request."""
+
+INTERRUPT_SECONDS: Final = 5.0
+"""What interrupted requests get to tell their clients why, before their connections are cut."""
+
+
+class ListenError(Exception):
+    """The gateway cannot listen where it was told to; the message is a sentence for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that accepts requests."""
+
+    host: str
+    port: int
+    """The real port when 0 was asked for."""
+
+    @property
+    def url(self) -> str:
+        """Base URL, without `/v1`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn as a guest: the signals are the host's, and it says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave the signals alone."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        self.ready.set()
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    api: ModelManagerApi,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    *,
+    drain_seconds: float = 30.0,
+    options: GatewayOptions | None = None,
+) -> AsyncGenerator[Gateway]:
+    """Serve HTTP for as long as the block runs, then stop gracefully.
+
+    At the end of the block nothing new is accepted and running requests may finish. Those that still run
+    after `drain_seconds` end with SHUTTING_DOWN.
+
+    Args:
+        api: The server: in this process, or over a channel.
+        host: Address to listen on. A loopback address answers only requests that call it by such a name.
+        port: Port to listen on; 0 takes a free one.
+        drain_seconds: How long running requests get.
+        options: Settings; the defaults when left out.
+
+    Raises:
+        ListenError: the address is taken or not ours.
+    """
+    options = options or GatewayOptions()
+    if options.allowed_hosts is None and _is_loopback(host):
+        options = replace(options, allowed_hosts=_loopback_names(host))
+    listener = await _listen(host, port)
+    app = create_app(api, options)
+    config = uvicorn.Config(
+        app,
+        access_log=False,  # the application writes the one line per request
+        backlog=BACKLOG,
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_seconds + INTERRUPT_SECONDS) + 1,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        ws="none",
+    )
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await _ready(server, running)
+        yield Gateway(host, listener.getsockname()[1])
+    finally:
+        await _stop(server, running, app, drain_seconds)
+        listener.close()
+
+
+async def _ready(server: _Server, running: asyncio.Task[None]) -> None:
+    """Wait until the server accepts connections; raise what ended it when it does not get there."""
+    ready = asyncio.create_task(server.ready.wait())
+    try:
+        await asyncio.wait({ready, running}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ready.cancel()
+    if running.done():
+        running.result()
+        message = "The HTTP server stopped before it was ready."
+        raise ListenError(message)
+
+
+async def _stop(server: _Server, running: asyncio.Task[None], app: GatewayApp, drain_seconds: float) -> None:
+    """Stop accepting, let requests finish, interrupt those that do not. Cancelling it cuts the wait short."""
+    server.should_exit = True
+    try:
+        await asyncio.wait({running}, timeout=drain_seconds)
+        if not running.done():
+            app.interrupt()
+            # uvicorn cancels by itself what is left a little later.
+            await asyncio.wait({running}, timeout=2 * INTERRUPT_SECONDS)
+    finally:
+        running.cancel()
+    await asyncio.wait({running})
+    if not running.cancelled():
+        running.result()
+
+
+async def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens: an address that is taken is one clear error, before anything runs."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, address = found[0][0], found[0][4]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ListenError(_why(error, host, port)) from error
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {port} of {host} is taken by another program. Stop it, or choose another port."
+    if isinstance(error, socket.gaierror):
+        return f"{host} is not an address of this machine: {error.strerror}."
+    return f"Cannot listen on port {port} of {host}: {error.strerror or error}."
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _loopback_names(host: str) -> frozenset[str]:
+    """Return the names a loopback address may be called by in a `Host` header."""
+    own = f"[{host}]" if ":" in host else host.lower()
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own})
