@@ -109,41 +109,51 @@ def test_the_lock_satisfies_every_declared_dependency(wanted: Requirement) -> No
     assert all(wanted.specifier.contains(version) for version in versions), f"{wanted}: {versions}"
 
 
-PACKAGES = {
-    "clients/python/paddock": (),
-    "server/paddock_server": ("server",),
-    "gateway/paddock_gateway": ("gateway",),
+SOURCES = {
+    "clients/python/paddock": [],
+    "server/paddock_server": ["server"],
+    "gateway/paddock_gateway": ["gateway"],
+    "tests": ["server", "gateway", "dev"],
+    "bench": ["server", "gateway", "dev"],
 }
-OWN = {Path(package).name for package in PACKAGES}
 
 
-@pytest.mark.parametrize(("package", "extras"), PACKAGES.items(), ids=list(PACKAGES))
-def test_a_package_imports_what_its_extra_declares(package: str, extras: tuple[str, ...]) -> None:
-    project = PYPROJECT["project"]
-    texts = [
-        *project["dependencies"],
-        *(text for e in extras for text in project["optional-dependencies"][e]),
-    ]
-    declared_names = {canonicalize_name(Requirement(text).name) for text in texts}
+@pytest.mark.parametrize("folder", SOURCES)
+def test_what_a_folder_imports_is_declared(folder: str) -> None:
+    own = {"paddock", "paddock_server", "paddock_gateway", "tests", "bench"}
+    own |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    declared_here = {canonicalize_name(name) for name in declared_names(SOURCES[folder])}
     providers = packages_distributions()
-    modules = {name for path in (ROOT / package).rglob("*.py") for name in imported_modules(path)}
+    modules = {name for path in (ROOT / folder).rglob("*.py") for name in imported_modules(path)}
 
     undeclared = {
         module
-        for module in modules - OWN - sys.stdlib_module_names - {"_typeshed"}
-        if not declared_names & {canonicalize_name(name) for name in providers.get(module, [])}
+        for module in modules - own - sys.stdlib_module_names - {"_typeshed"}
+        if not declared_here & {canonicalize_name(name) for name in providers.get(module, [])}
     }
 
     assert not undeclared
 
 
+def declared_names(extras: list[str]) -> list[str]:
+    optional = {**PYPROJECT["project"]["optional-dependencies"], **PYPROJECT["dependency-groups"]}
+    texts = [*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in optional[extra])]
+    return [Requirement(text).name for text in texts if isinstance(text, str)]
+
+
 def imported_modules(path: Path) -> Iterator[str]:
-    """Top-level names of the modules a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.partition(".")[0]
+    """Top-level names of what a file imports when it is imported; functions may look for what is optional."""
+    pending: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    while pending:
+        match pending.pop():
+            case ast.Import(names=names):
+                yield from (alias.name.partition(".")[0] for alias in names)
+            case ast.ImportFrom(module=str(module)):
+                yield module.partition(".")[0]
+            case ast.If(body=body, orelse=orelse) | ast.Try(body=body, orelse=orelse):
+                pending += [*body, *orelse]
+            case _:
+                pass
 
 
 def test_the_changelog_knows_the_version() -> None:
