@@ -1,0 +1,29 @@
+"""The models of this server: who is loaded, who gets in, who has to go.
+
+manager      what the RPCs call; finds the actor and awaits its answer
+actor        one task per model, the only writer of its state; carries out what was decided
+transitions  the state machine of a model, pure; asking and turn are its parts
+loop         one task for admission, eviction and the queue for room
+residency    its books; policy its decision, pure; admission the budget behind it
+run          one worker from start to end, in tasks beside the actor
+progress     a load as its callers see it; events the watch over all models
+desired      what comes back after a restart
+"""
+
+from __future__ import annotations
+
+from paddock_server.manager.admission import Admission, CountAdmission
+from paddock_server.manager.config import ManagerConfig
+from paddock_server.manager.lease import Lease
+from paddock_server.manager.manager import ModelManager
+from paddock_server.manager.run import LiveWorker, WorkerLauncher
+
+__all__ = [
+    "Admission",
+    "CountAdmission",
+    "Lease",
+    "LiveWorker",
+    "ManagerConfig",
+    "ModelManager",
+    "WorkerLauncher",
+]

@@ -1,0 +1,449 @@
+"""The actor of a model: one task, one inbox, and the only writer of the model's state.
+
+It holds no rule: `transitions.step` decides, and the actor carries out what it decided. Nothing here waits
+for anything but the inbox; what takes time runs in a `WorkerRun` and reports by message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
+
+import structlog
+
+from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.catalog import CatalogEntry
+from paddock_server.manager import failure as failures
+from paddock_server.manager import messages as m
+from paddock_server.manager.config import ManagerConfig
+from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.lease import Lease
+from paddock_server.manager.options import load_frame
+from paddock_server.manager.progress import LoadView, Subscription
+from paddock_server.manager.residency import Look
+from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
+from paddock_server.manager.snapshot import Times, model_proto, public_state, visible
+from paddock_server.manager.state import ActorState, Limits, Phase
+from paddock_server.manager.transitions import step
+from paddock_server.supervisor import LogRing, WorkerSpec
+from paddock_server.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from paddock.v1 import model_pb2
+    from paddock_server.manager.options import Options
+    from paddock_server.manager.run import LiveWorker
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+_STAGES: Final = {
+    worker_pb2.LOAD_STAGE_WEIGHTS: (pb.STAGE_WEIGHTS, "Reading the weights."),
+    worker_pb2.LOAD_STAGE_WARMUP: (pb.STAGE_WARMUP, "Allocating the KV cache and running the first batch."),
+}
+
+
+class Surroundings(Protocol):
+    """What an actor tells the rest of the manager. None of it waits."""
+
+    def enter(self, actor: Actor, ticket: int, options: Options) -> None:
+        """Ask for room."""
+        ...
+
+    def commit(self, model: str, ticket: int, resident_bytes: int) -> None:
+        """The model is loaded."""
+        ...
+
+    def releasing(self, model: str, ticket: int) -> None:
+        """The worker is being stopped."""
+        ...
+
+    def leave(self, model: str, ticket: int) -> None:
+        """The room is free, or not wanted any more."""
+        ...
+
+    def eviction_refused(self, model: str, ticket: int) -> None:
+        """The model stays."""
+        ...
+
+    def look_again(self) -> None:
+        """Something changed that a plan may depend on."""
+        ...
+
+    def remember(self, actor: Actor, options: Options | None) -> None:
+        """Keep an operator's load over a restart, or forget it."""
+        ...
+
+    def vanished(self, model: str) -> None:
+        """The model is gone for good."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What actors work with. Shared by all of them."""
+
+    launcher: WorkerLauncher
+    config: ManagerConfig
+    limits: Limits
+    changes: ChangeLog
+    surroundings: Surroundings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Acquiring:
+    """A request that waits for a lease, and since when, by the event loop's clock."""
+
+    reply: asyncio.Future[Lease]
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFound:
+    """The catalog has a new or changed entry for the model."""
+
+    entry: CatalogEntry
+    event: m.FileFound
+
+
+Message: TypeAlias = m.Event | Spawned | Progressed | EntryFound
+
+
+class Actor:
+    """One model. Everyone else tells it things and looks at what it publishes."""
+
+    def __init__(self, entry: CatalogEntry, state: ActorState, tools: Tools) -> None:
+        self.entry = entry
+        self.state = state
+        self.log_ring = LogRing()
+        self._tools = tools
+        self._loop = asyncio.get_running_loop()
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._run: WorkerRun | None = None
+        self._view: LoadView | None = None
+        self._timers: dict[m.Timer, tuple[asyncio.TimerHandle, int]] = {}
+        self._serial = 0
+        self._own: deque[m.Event] = deque()
+        self._times = Times()
+        self._last_use = 0.0
+        self._load_seconds = 0.0
+        self._ended = False
+        self.closed = asyncio.Event()
+        """Set when the actor has nothing left to do before the server stops."""
+
+    def tell(self, message: Message) -> None:
+        """Put a message into the inbox."""
+        if self._ended:
+            self._turn_away(message, self._end_failure())
+        else:
+            self._inbox.put_nowait(message)
+
+    @property
+    def look(self) -> Look:
+        """What the manager loop plans with. A moment old at most, and never acted on without asking."""
+        state = self.state
+        last_use = max(self._last_use, state.ready_at)
+        return Look(state.ticket, state.phase, state.cause, state.leases, last_use, state.ready_at)
+
+    @property
+    def worker(self) -> LiveWorker | None:
+        """The worker, from its hello to its end."""
+        return self._run.worker if self._run is not None else None
+
+    def snapshot(self) -> model_pb2.Model:
+        """Return the model as the world sees it now."""
+        return model_proto(self.entry, self.state, self.worker, self._times, time.time())
+
+    async def run(self) -> None:
+        """Read the inbox until cancelled. Whatever ends it, nobody is left waiting for an answer."""
+        try:
+            while True:
+                self._receive(await self._inbox.get())
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        failure = self._end_failure()
+        self._clear_timers(m.ClearTimers(tuple(m.Timer)))
+        for caller in (*self.state.waiters, *self.state.unloads):
+            self._refuse(m.Refuse(caller, failure))
+        self._end_load(m.EndLoad(failure))
+        while not self._inbox.empty():
+            self._turn_away(self._inbox.get_nowait(), failure)
+        if self._run is not None:
+            self._run.stop(failure.reason)
+        self._tools.surroundings.leave(self.state.model, self.state.ticket)
+        self.closed.set()
+
+    def _end_failure(self) -> failures.Failure:
+        if self.state.closing:
+            return failures.shutting_down()
+        if self.state.gone:
+            return failures.model_not_found(self.state.model)
+        return failures.internal(self.state.model)
+
+    def _turn_away(self, message: Message, failure: failures.Failure) -> None:
+        match message:
+            case m.AcquireAsked() | m.UnloadAsked():
+                self._refuse(m.Refuse(message.caller, failure))
+            case m.LoadAsked():
+                _subscription(message.caller).fail(failure)
+            case _:
+                pass
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Spawned():
+                self._on_spawned(message)
+            case Progressed():
+                self._on_progressed(message)
+            case m.TimerFired() if not self._is_current(message):
+                pass
+            case EntryFound():
+                self.entry = message.entry
+                self._advance(message.event)
+                self._tools.changes.changed(self.snapshot(), public_state(self.state))
+            case m.AcquireAsked() | m.LoadAsked():
+                self._notice_death()
+                self._advance(message)
+            case _:
+                self._advance(message)
+
+    def _notice_death(self) -> None:
+        """Learn of a worker's death before a request is sent to it: the message about it may be behind."""
+        if self.state.phase is Phase.READY and self._run is not None:
+            death = self._run.death
+            if death is not None:
+                self._advance(death)
+
+    def _advance(self, event: m.Event) -> None:
+        self._own.append(event)
+        while self._own:
+            self._step(self._own.popleft())
+
+    def _step(self, event: m.Event) -> None:
+        old = self.state
+        new, effects, why = step(old, event, self._loop.time(), self._tools.limits)
+        self.state = new
+        if new.phase is not old.phase:
+            self._on_phase(old, why)
+        if new.failure is not old.failure:
+            self._times = replace(self._times, failed=time.time())
+        if new.leases != old.leases:
+            self._last_use = self._loop.time()
+            self._times = replace(self._times, last_use=time.time())
+        if visible(new) != visible(old):
+            self._tools.changes.changed(self.snapshot(), public_state(old))
+        for effect in effects:
+            self._carry_out(effect)
+
+    def _on_phase(self, old: ActorState, why: str) -> None:
+        new = self.state
+        log.info(
+            "model_state_changed",
+            model=new.model,
+            load_id=new.load_id or old.load_id,
+            **{"from": str(old.phase), "to": str(new.phase)},
+            why=str(why),
+        )
+        if new.phase is Phase.READY and old.phase is Phase.STARTING:
+            self._load_seconds = new.ready_at - new.begun_at
+            self._times = replace(self._times, loaded=time.time())
+        if new.phase in _WITHOUT_WORKER:
+            self._run = None
+
+    # What the worker reports about its load; it changes nothing but what is shown.
+
+    def _on_spawned(self, message: Spawned) -> None:
+        if self._is_starting(message.load_number):
+            self._begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
+
+    def _on_progressed(self, message: Progressed) -> None:
+        if self._is_starting(message.load_number) and message.stage in _STAGES:
+            stage = self._begin_stage(message.stage)
+            total_bytes = self.entry.size_bytes if stage == pb.STAGE_WEIGHTS else 0
+            self._current_view().advance(stage, message.fraction, total_bytes)
+
+    def _is_starting(self, load_number: int) -> bool:
+        return self.state.phase is Phase.STARTING and self.state.load_number == load_number
+
+    def _begin_stage(self, worker_stage: worker_pb2.LoadStage.ValueType) -> pb.Stage.ValueType:
+        stage, message = _STAGES[worker_stage]
+        view = self._current_view()
+        if view.stage < stage:
+            view.begin(stage, message)
+        return stage
+
+    def _current_view(self) -> LoadView:
+        if self._view is None:
+            self._view = LoadView(self._loop.time)
+        return self._view
+
+    # Timers
+
+    def _is_current(self, message: m.TimerFired) -> bool:
+        timer = self._timers.get(message.timer)
+        if timer is None or timer[1] != message.serial:
+            return False
+        del self._timers[message.timer]
+        return True
+
+    def _set_timer(self, effect: m.SetTimer) -> None:
+        self._clear_timers(m.ClearTimers((effect.timer,)))
+        self._serial += 1
+        message = m.TimerFired(effect.timer, self._serial)
+        self._timers[effect.timer] = (
+            self._loop.call_later(effect.seconds, self.tell, message),
+            self._serial,
+        )
+
+    def _clear_timers(self, effect: m.ClearTimers) -> None:
+        for timer in effect.timers:
+            running = self._timers.pop(timer, None)
+            if running is not None:
+                running[0].cancel()
+
+    # Effects
+
+    def _carry_out(self, effect: m.Effect) -> None:
+        model = self.state.model
+        around = self._tools.surroundings
+        match effect:
+            case m.Enter():
+                self._enter(effect)
+            case m.Commit():
+                self._commit(effect)
+            case m.StartWorker():
+                self._start_worker(effect)
+            case m.StopWorker():
+                self._stop_worker(effect)
+            case m.Grant():
+                self._grant(effect)
+            case m.Refuse():
+                self._refuse(effect)
+            case m.EndLoad():
+                self._end_load(effect)
+            case m.AnswerUnload():
+                self._answer_unload(effect)
+            case m.SetTimer():
+                self._set_timer(effect)
+            case m.ClearTimers():
+                self._clear_timers(effect)
+            case m.Releasing():
+                around.releasing(model, effect.ticket)
+            case m.Leave():
+                around.leave(model, effect.ticket)
+            case m.EvictionRefused():
+                around.eviction_refused(model, effect.ticket)
+            case m.LookAgain():
+                around.look_again()
+            case m.Remember():
+                around.remember(self, effect.options)
+            case m.Vanish():
+                around.vanished(model)
+            case m.JoinLoad():
+                self._current_view().attach(_subscription(effect.caller))
+            case m.AnswerLoaded():
+                _subscription(effect.caller).finish(self._loaded(already=True))
+            case m.RefuseLoad():
+                _subscription(effect.caller).fail(effect.failure)
+            case m.WarnLoad():
+                self._current_view().warn(effect.failure)
+            case m.Resume():
+                self._own.append(m.Resumed())
+            case m.Closed():
+                self.closed.set()
+
+    def _enter(self, effect: m.Enter) -> None:
+        view = self._current_view()
+        view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
+        view.end_stage(cached=True)
+        view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
+        self._tools.surroundings.enter(self, effect.ticket, effect.options)
+
+    def _commit(self, effect: m.Commit) -> None:
+        worker = self.worker
+        resident_bytes = worker.resident_bytes() if worker is not None else 0
+        self._tools.surroundings.commit(self.state.model, effect.ticket, resident_bytes)
+
+    def _start_worker(self, effect: m.StartWorker) -> None:
+        self._current_view().begin(pb.STAGE_SPAWN, "Starting the worker process.")
+        tools = self._tools
+        spec = WorkerSpec(self.state.model, self.state.load_id_of(effect.load_number), self.log_ring)
+        plan = RunPlan(
+            load_number=effect.load_number,
+            spec=spec,
+            frame=load_frame(str(self.entry.path), effect.options, tools.config),
+            options=effect.options,
+            size_bytes=self.entry.size_bytes,
+            stop_grace_seconds=tools.config.stop_grace_seconds,
+        )
+        self._run = WorkerRun(tools.launcher, plan, self.tell)
+
+    def _stop_worker(self, effect: m.StopWorker) -> None:
+        if self._run is not None:
+            self._run.stop(effect.reason)
+
+    def _grant(self, effect: m.Grant) -> None:
+        worker = self.worker
+        now = self._loop.time()
+        for caller in effect.callers:
+            acquiring = cast("Acquiring", caller)
+            if acquiring.reply.done() or worker is None:
+                self.tell(m.LeaseReturned(effect.load_number))
+                continue
+            acquiring.reply.set_result(
+                Lease(
+                    model_id=self.state.model,
+                    load_id=self.state.load_id_of(effect.load_number),
+                    worker=worker,
+                    load_wait_seconds=now - acquiring.since if effect.waited else 0.0,
+                    release=self._release(effect.load_number),
+                )
+            )
+
+    def _release(self, load_number: int) -> Callable[[], None]:
+        return lambda: self.tell(m.LeaseReturned(load_number))
+
+    def _refuse(self, effect: m.Refuse) -> None:
+        caller = effect.caller
+        reply = caller.reply if isinstance(caller, Acquiring) else cast("asyncio.Future[Any]", caller)
+        if not reply.done():
+            reply.set_exception(effect.failure.error())
+
+    def _end_load(self, effect: m.EndLoad) -> None:
+        view, self._view = self._view, None
+        if view is None:
+            return
+        if effect.failure is None:
+            view.end(self._loaded(already=False))
+        else:
+            view.fail(effect.failure)
+
+    def _loaded(self, *, already: bool) -> pb.LoadResponse:
+        response = pb.LoadResponse()
+        response.loaded.model.CopyFrom(self.snapshot())
+        response.loaded.already_loaded = already
+        response.loaded.load_duration.FromNanoseconds(int(self._load_seconds * 1e9))
+        return response
+
+    def _answer_unload(self, effect: m.AnswerUnload) -> None:
+        response = pb.UnloadResponse(model=self.snapshot(), aborted_request_count=effect.aborted)
+        for caller in effect.callers:
+            reply = cast("asyncio.Future[pb.UnloadResponse]", caller)
+            if not reply.done():
+                reply.set_result(response)
+
+
+_WITHOUT_WORKER: Final = frozenset({Phase.UNLOADED, Phase.FAILED, Phase.BACKOFF})
+
+
+def _subscription(caller: Hashable) -> Subscription:
+    return cast("Subscription", caller)

@@ -1,0 +1,250 @@
+"""What callers ask of a model: Load, a lease, Unload. The handlers of their events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from paddock_server.manager import failure as failures
+from paddock_server.manager.messages import (
+    AnswerLoaded,
+    AnswerUnload,
+    ClearTimers,
+    Conflict,
+    Grant,
+    JoinLoad,
+    Refuse,
+    RefuseLoad,
+    Remember,
+    Timer,
+)
+from paddock_server.manager.options import Wish
+from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, NextLoad, Phase
+
+if TYPE_CHECKING:
+    from paddock_server.manager.messages import (
+        AcquireAsked,
+        Caller,
+        CallerLeft,
+        LeaseReturned,
+        LoadAsked,
+        UnloadAsked,
+    )
+    from paddock_server.manager.options import Options
+    from paddock_server.manager.state import ActorState
+    from paddock_server.manager.turn import Turn
+
+
+def load_asked(turn: Turn, event: LoadAsked) -> None:
+    """Answer a call of Load."""
+    state = turn.state
+    if state.closing:
+        turn.do(RefuseLoad(event.caller, failures.shutting_down()))
+    elif state.gone and state.phase in AT_REST:
+        turn.do(RefuseLoad(event.caller, failures.model_not_found(state.model)))
+    elif state.phase in AT_REST:
+        turn.do(JoinLoad(event.caller))
+        turn.begin(_wanted(turn, event), "load_asked")
+    elif state.phase in COMING_UP:
+        if _joins(turn, event, state.options):
+            turn.set(explicit=True)
+    elif state.phase is Phase.READY:
+        _load_of_ready(turn, event)
+    elif state.next_load is None:
+        turn.set(next_load=_wanted(turn, event))
+        turn.do(JoinLoad(event.caller))
+    else:
+        _joins(turn, event, state.next_load.options)
+
+
+def _wanted(turn: Turn, event: LoadAsked) -> NextLoad:
+    return NextLoad(
+        event.wish.filled(turn.state.defaults), explicit=True, timeout_seconds=event.timeout_seconds
+    )
+
+
+def _joins(turn: Turn, event: LoadAsked, options: Options) -> bool:
+    fields = event.wish.conflicts(options, None)
+    if fields and event.conflict is not Conflict.KEEP:
+        turn.do(RefuseLoad(event.caller, failures.load_in_progress(turn.state.model, fields)))
+        return False
+    turn.do(JoinLoad(event.caller))
+    return True
+
+
+def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
+    state = turn.state
+    fields = event.wish.conflicts(state.options, state.effective)
+    if fields and event.conflict is Conflict.RELOAD:
+        turn.do(JoinLoad(event.caller))
+        turn.set(next_load=_wanted(turn, event))
+        turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
+    elif fields and event.conflict is Conflict.FAIL:
+        turn.do(RefuseLoad(event.caller, failures.options_conflict(state.model, fields)))
+    else:
+        if event.conflict is not Conflict.KEEP:
+            _set_idle_timeout(turn, event.wish)
+        turn.set(explicit=True)
+        remember_load(turn)
+        turn.do(AnswerLoaded(event.caller))
+
+
+def _set_idle_timeout(turn: Turn, wish: Wish) -> None:
+    state = turn.state
+    seconds = wish.idle_timeout_seconds
+    if seconds is None or seconds == state.options.idle_timeout_seconds:
+        return
+    turn.set(options=Wish({}, seconds).filled(state.options))
+    if state.effective is not None:
+        turn.set(effective=Wish({}, seconds).filled(state.effective))
+    if state.leases == 0:
+        turn.do(ClearTimers((Timer.IDLE,)))
+        turn.idle()
+
+
+def remember_load(turn: Turn) -> None:
+    """Keep an operator's load over a restart of the server, once it has come to something."""
+    state = turn.state
+    if state.explicit and state.remembered != state.options:
+        turn.set(remembered=state.options)
+        turn.do(Remember(state.options))
+
+
+def acquire_asked(turn: Turn, event: AcquireAsked) -> None:
+    """Answer a request that wants a lease."""
+    state = turn.state
+    if state.closing:
+        turn.do(Refuse(event.caller, failures.shutting_down()))
+    elif state.phase is Phase.READY:
+        grant(turn, (event.caller,), waited=False)
+    elif state.phase in AT_REST:
+        _acquire_at_rest(turn, event)
+    elif state.phase in GOING_DOWN and state.next_load is None and not event.autoload:
+        turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))
+    elif len(state.waiters) >= turn.limits.waiters_max:
+        turn.do(Refuse(event.caller, failures.queue_full(state.model, len(state.waiters))))
+    else:
+        turn.set(waiters=(*state.waiters, event.caller))
+
+
+def _acquire_at_rest(turn: Turn, event: AcquireAsked) -> None:
+    state = turn.state
+    refusal = state.refusal(turn.now)
+    if state.gone:
+        turn.do(Refuse(event.caller, failures.model_not_found(state.model)))
+    elif refusal is not None:
+        turn.do(Refuse(event.caller, refusal))
+    elif not event.autoload:
+        turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))
+    else:
+        turn.set(waiters=(*state.waiters, event.caller))
+        turn.begin(autoload(state), "request")
+
+
+def autoload(state: ActorState) -> NextLoad:
+    """Return the load that requests begin: as the operator had it, or with the defaults."""
+    return NextLoad(state.remembered or state.defaults, explicit=False)
+
+
+def grant(turn: Turn, callers: tuple[Caller, ...], *, waited: bool) -> None:
+    """Give callers leases of a ready model."""
+    state = turn.state
+    if state.leases == 0:
+        turn.do(ClearTimers((Timer.IDLE,)))
+    turn.set(leases=state.leases + len(callers))
+    turn.do(Grant(callers, state.load_number, waited))
+
+
+def caller_left(turn: Turn, event: CallerLeft) -> None:
+    """Forget a request that does not wait any more; the last one takes its place in the queue with it."""
+    state = turn.state
+    if event.caller not in state.waiters:
+        return
+    turn.set(waiters=tuple(caller for caller in state.waiters if caller != event.caller))
+    if state.phase is Phase.ADMITTING and not turn.state.waiters and not state.explicit:
+        turn.rest(Phase.UNLOADED, "nobody_waits")
+
+
+def lease_returned(turn: Turn, event: LeaseReturned) -> None:
+    """Count a request out."""
+    state = turn.state
+    if event.load_number != state.load_number or state.leases == 0:
+        return
+    turn.set(leases=state.leases - 1)
+    if turn.state.leases:
+        return
+    if state.phase is Phase.READY:
+        turn.idle()
+    elif state.phase is Phase.DRAINING:
+        turn.stop(state.cause)
+
+
+def unload_asked(turn: Turn, event: UnloadAsked) -> None:
+    """Answer a call of Unload. It calls off whatever was asked for before it."""
+    state = turn.state
+    if event.only_load_id and state.load_id and event.only_load_id != state.load_id:
+        turn.do(
+            Refuse(event.caller, failures.load_id_mismatch(state.model, event.only_load_id, state.load_id))
+        )
+        return
+    if state.remembered is not None:
+        turn.set(remembered=None)
+        turn.do(Remember(None))
+    if state.phase is Phase.UNLOADED:
+        turn.do(AnswerUnload((event.caller,), 0))
+        return
+    turn.set(unloads=(*state.unloads, event.caller), crash_count=0)
+    if state.held_until != NEVER:
+        turn.set(held_until=0.0)
+    _UNLOADS[state.phase](turn, event)
+
+
+def _unload_of_failed(turn: Turn, event: UnloadAsked) -> None:
+    del event
+    turn.rest(Phase.UNLOADED, Cause.UNLOAD)
+
+
+def _unload_of_waiting(turn: Turn, event: UnloadAsked) -> None:
+    del event
+    turn.set(aborted=turn.call_off(failures.load_aborted(turn.state.model)))
+    turn.rest(Phase.UNLOADED, Cause.UNLOAD)
+
+
+def _unload_of_starting(turn: Turn, event: UnloadAsked) -> None:
+    del event
+    turn.set(aborted=turn.call_off(failures.load_aborted(turn.state.model)))
+    turn.stop(Cause.UNLOAD)
+
+
+def _unload_of_ready(turn: Turn, event: UnloadAsked) -> None:
+    if event.force:
+        turn.abort_leases(Cause.UNLOAD)
+    else:
+        turn.drain(Cause.UNLOAD, event.drain_seconds)
+
+
+def _unload_of_draining(turn: Turn, event: UnloadAsked) -> None:
+    turn.set(aborted=turn.state.aborted + turn.call_off(failures.load_aborted(turn.state.model)))
+    if event.force:
+        turn.abort_leases(Cause.UNLOAD)
+    else:
+        turn.drain_no_longer_than(Cause.UNLOAD, event.drain_seconds)
+
+
+def _unload_of_stopping(turn: Turn, event: UnloadAsked) -> None:
+    del event
+    turn.set(
+        aborted=turn.state.aborted + turn.call_off(failures.load_aborted(turn.state.model)),
+        cause=Cause.UNLOAD,
+    )
+
+
+_UNLOADS: Final[dict[Phase, Callable[[Turn, UnloadAsked], None]]] = {
+    Phase.FAILED: _unload_of_failed,
+    Phase.ADMITTING: _unload_of_waiting,
+    Phase.BACKOFF: _unload_of_waiting,
+    Phase.STARTING: _unload_of_starting,
+    Phase.READY: _unload_of_ready,
+    Phase.DRAINING: _unload_of_draining,
+    Phase.STOPPING: _unload_of_stopping,
+}

@@ -1,0 +1,147 @@
+"""What the operator has loaded, kept in a small JSON file so that it comes back after a restart of the
+server.
+
+    {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, ..., "idle_timeout_seconds":
+    0.0}}]}
+
+In the order of loading, latest last. The file is replaced as a whole, so that a crash leaves the old one or
+the new one and nothing in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from paddock_server.manager.options import Options, Wish, stored_wish
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+VERSION: Final = 1
+
+MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+"""Far more than any number of models needs; a larger file is not one of ours."""
+
+
+class StateFileError(Exception):
+    """The state file cannot be understood."""
+
+
+class DesiredLoads:
+    """The loads to come back. Written in a thread, by one task, latest state only."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` is the file; None keeps nothing."""
+        self._path = path
+        self._loads: dict[str, dict[str, Any]] = {}
+        self._dirty = asyncio.Event()
+        self._closing = False
+
+    async def read(self) -> dict[str, Wish]:
+        """Return what was loaded, in order, with all options. A file that is no good is set aside with a
+        warning."""
+        if self._path is None:
+            return {}
+        try:
+            wishes = await asyncio.to_thread(read_state, self._path)
+        except OSError as error:
+            log.warning("state_file_unreadable", path=str(self._path), error=str(error))
+            return {}
+        except StateFileError as error:
+            aside = self._path.with_name(self._path.name + ".corrupt")
+            await asyncio.to_thread(os.replace, self._path, aside)
+            log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
+            return {}
+        for model, wish in wishes.items():
+            self._loads[model] = dict(wish.values) | {"idle_timeout_seconds": wish.idle_timeout_seconds}
+        return wishes
+
+    def put(self, model: str, options: Options | None) -> None:
+        """Keep a load as the latest, or forget it."""
+        known = self._loads.pop(model, None)
+        if options is not None:
+            self._loads[model] = asdict(options)
+        elif known is None:
+            return
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Write the file whenever something has changed, until `close`."""
+        while not self._closing:
+            await self._dirty.wait()
+            self._dirty.clear()
+            if self._path is None:
+                continue
+            loads = [{"model": model, "options": options} for model, options in self._loads.items()]
+            text = json.dumps({"version": VERSION, "loads": loads}, indent=1, ensure_ascii=False)
+            try:
+                await asyncio.to_thread(write_atomically, self._path, text.encode())
+            except OSError as error:
+                log.warning("state_file_not_written", path=str(self._path), error=str(error))
+
+    def close(self) -> None:
+        """Have `run` write once more and end."""
+        self._closing = True
+        self._dirty.set()
+
+
+def read_state(path: Path) -> dict[str, Wish]:
+    """Read a state file; an absent one is empty.
+
+    Raises:
+        StateFileError: it is not a state file of this version.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return {}
+    if len(raw) > MAX_FILE_BYTES:
+        message = f"it is larger than {MAX_FILE_BYTES} bytes"
+        raise StateFileError(message)
+    try:
+        document: Any = json.loads(raw)
+        if document["version"] != VERSION:
+            message = f"its version is {document['version']!r}; {VERSION} is known"
+            raise StateFileError(message)
+        return {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        message = f"{type(error).__name__}: {error}"
+        raise StateFileError(message) from error
+
+
+def _model_name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        message = f"{value!r} is not the name of a model"
+        raise TypeError(message)
+    return value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole, and have it on the disk before returning."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

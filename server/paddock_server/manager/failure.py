@@ -1,0 +1,222 @@
+"""Failures as values: what a call is refused with, and what a model remembers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from paddock.errors import DEFAULT_RETRY_SECONDS, FieldViolation, PaddockError, Reason, make_error
+from paddock.v1 import model_pb2
+from paddock_server.supervisor import WorkerCrashedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paddock_server.catalog import CatalogProblem
+    from paddock_server.supervisor import WorkerExit
+
+PERMANENT_REASONS: Final = frozenset({Reason.MODEL_CORRUPT, Reason.UNSUPPORTED_MODEL, Reason.INVALID_FIELD})
+"""Failures that the file or the options of the load are to blame for: requests do not try those again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something did not happen. One value makes any number of errors, one for each caller."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    violations: tuple[FieldViolation, ...] = ()
+    resource: str = ""
+    retry_after_seconds: float | None = None
+    exit_code: int | None = None
+    signal: str = ""
+    log_tail: tuple[str, ...] = ()
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether trying again is useless until the file or the options change."""
+        return self.reason in PERMANENT_REASONS
+
+    def error(self) -> PaddockError:
+        """Make an exception of its own: one raised twice would collect the tracebacks of both."""
+        return make_error(
+            self.reason,
+            self.message,
+            metadata=self.metadata,
+            violations=self.violations,
+            resource=self.resource,
+            retry_after_seconds=self.retry_after_seconds,
+        )
+
+    def after(self, seconds: float | None) -> Failure:
+        """Return the same failure with the time after which the call may be repeated."""
+        return replace(self, retry_after_seconds=seconds)
+
+    def to_proto(self, failure_time: float) -> model_pb2.Failure:
+        """Return the message for `Model.last_failure`; `failure_time` is in seconds since the epoch."""
+        proto = model_pb2.Failure(
+            reason=self.reason,
+            message=self.message,
+            metadata=self.metadata,
+            log_tail=self.log_tail,
+            signal=self.signal,
+        )
+        if self.exit_code is not None:
+            proto.exit_code = self.exit_code
+        proto.failure_time.FromNanoseconds(int(failure_time * 1e9))
+        return proto
+
+
+def failure_of(error: PaddockError, *, log_tail: tuple[str, ...] = ()) -> Failure:
+    """Return an error as a value, with what is known of the worker that died of it."""
+    failure = Failure(
+        reason=error.reason,
+        message=error.message,
+        metadata=dict(error.metadata),
+        violations=error.violations,
+        resource=error.resource,
+        retry_after_seconds=error.retry_after_seconds,
+        log_tail=log_tail,
+    )
+    return _with_exit(failure, error.exit) if isinstance(error, WorkerCrashedError) else failure
+
+
+def crash(model: str, worker_exit: WorkerExit) -> Failure:
+    """Return the failure of a worker that died while it served."""
+    return failure_of(WorkerCrashedError.of(model, worker_exit))
+
+
+def _with_exit(failure: Failure, worker_exit: WorkerExit) -> Failure:
+    return replace(
+        failure,
+        exit_code=worker_exit.exit_code,
+        signal=worker_exit.signal,
+        log_tail=worker_exit.log_tail or failure.log_tail,
+    )
+
+
+def problem(found: CatalogProblem) -> Failure:
+    """Return the failure of loading a file that the catalog has found something wrong with."""
+    return Failure(found.reason, found.message, dict(found.metadata))
+
+
+def crash_loop(last: Failure, model: str, count: int) -> Failure:
+    """Return the failure of a model that is given up after `count` crashes in a row."""
+    message = (
+        f"{last.message} That is {count} times in a row, so model {model!r} is not started again by itself."
+    )
+    return replace(
+        last,
+        reason=Reason.CRASH_LOOP,
+        message=message,
+        metadata={**last.metadata, "model": model, "crash_count": str(count)},
+        retry_after_seconds=None,
+    )
+
+
+def internal(model: str) -> Failure:
+    """Return the failure of a bug; the traceback is in the log."""
+    return Failure(Reason.INTERNAL, f"Loading model {model!r} failed inside the server.", {"model": model})
+
+
+def load_stalled(model: str, stage: str, seconds: float) -> Failure:
+    """Return the failure of a load that took longer than allowed."""
+    return Failure(
+        Reason.LOAD_STALLED,
+        f"Model {model!r} was not loaded within {seconds:g} s; it was at stage {stage!r}.",
+        {"model": model, "stage": stage, "timeout_seconds": f"{seconds:g}"},
+    )
+
+
+def load_aborted(model: str) -> Failure:
+    """Return what callers of a load are told when somebody unloads the model."""
+    return Failure(
+        Reason.LOAD_ABORTED, f"The load of model {model!r} was aborted by an Unload.", {"model": model}
+    )
+
+
+def load_in_progress(model: str, fields: Sequence[str]) -> Failure:
+    """Return the refusal of a load while one with other options runs."""
+    return Failure(
+        Reason.LOAD_IN_PROGRESS,
+        f"A load of model {model!r} with another {' and '.join(fields)} is running; "
+        "wait for it, or unload the model first.",
+        {"model": model, "fields": ",".join(fields)},
+    )
+
+
+def options_conflict(model: str, fields: Sequence[str]) -> Failure:
+    """Return the refusal of a load of a model that is loaded with other options."""
+    return Failure(
+        Reason.OPTIONS_CONFLICT,
+        f"Model {model!r} is loaded with another {' and '.join(fields)}; "
+        "use LOAD_CONFLICT_POLICY_RELOAD to load it again, or LOAD_CONFLICT_POLICY_KEEP to take it as it is.",
+        {"model": model, "fields": ",".join(fields)},
+    )
+
+
+def load_id_mismatch(model: str, asked: str, current: str) -> Failure:
+    """Return the refusal of an Unload that means an earlier load."""
+    return Failure(
+        Reason.LOAD_ID_MISMATCH,
+        f"Model {model!r} is at load {current!r}, not {asked!r}; it was left as it is.",
+        {"model": model, "load_id": current},
+    )
+
+
+def model_not_found(model: str) -> Failure:
+    """Return the refusal of a call about a model whose file has gone."""
+    return Failure(
+        Reason.MODEL_NOT_FOUND,
+        f"There is no model named {model!r}. List shows the models there are.",
+        {"model": model},
+        resource=model,
+    )
+
+
+def model_not_loaded(model: str) -> Failure:
+    """Return the refusal of a request that may not load the model."""
+    return Failure(
+        Reason.MODEL_NOT_LOADED,
+        f"Model {model!r} is not loaded, and this request does not load it. Load it first.",
+        {"model": model},
+    )
+
+
+def queue_full(model: str, waiting: int) -> Failure:
+    """Return the refusal of a request that would be one too many to wait for a model."""
+    return Failure(
+        Reason.QUEUE_FULL,
+        f"{waiting} requests wait for model {model!r} already.",
+        {"model": model, "waiting": str(waiting)},
+        retry_after_seconds=DEFAULT_RETRY_SECONDS,
+    )
+
+
+def too_many_models_wait(model: str, waiting: int) -> Failure:
+    """Return the refusal of a load that would be one too many to wait for room."""
+    return Failure(
+        Reason.QUEUE_FULL,
+        f"{waiting} models wait to be loaded already, so {model!r} is not queued as well.",
+        {"model": model, "waiting_models": str(waiting)},
+        retry_after_seconds=DEFAULT_RETRY_SECONDS,
+    )
+
+
+def never_fits(model: str, figures: Mapping[str, str]) -> Failure:
+    """Return the refusal of a load that would not fit beside nothing at all."""
+    told = ", ".join(f"{name} {value}" for name, value in figures.items())
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"Model {model!r} does not fit even when nothing else is loaded: {told}.",
+        {"model": model, **figures},
+    )
+
+
+def shutting_down() -> Failure:
+    """Return what calls are told while the server stops."""
+    return Failure(
+        Reason.SHUTTING_DOWN, "The server is shutting down.", retry_after_seconds=DEFAULT_RETRY_SECONDS
+    )

@@ -1,0 +1,156 @@
+"""The manager loop: the one task that decides which models have room. Nothing slow happens in it.
+
+Actors put messages in; the loop enters them in its books (`Residency`), makes a plan and tells the actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import structlog
+
+from paddock_server.manager.admission import Cost
+from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from paddock_server.manager.residency import Look, Order, Residency
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+
+class Peer(Protocol):
+    """What the loop needs of an actor."""
+
+    @property
+    def look(self) -> Look:
+        """What the actor shows of itself."""
+        ...
+
+    def tell(self, message: Admitted | AdmissionRefused | EvictAsked | EvictionRelented) -> None:
+        """Put a message into its inbox."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A model wants room."""
+
+    model: str
+    ticket: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A model is loaded."""
+
+    model: str
+    ticket: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A model's worker is being stopped."""
+
+    model: str
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A model has given up its room, or its place in the queue."""
+
+    model: str
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stayed:
+    """A model would not be evicted."""
+
+    model: str
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Something changed that a plan may depend on."""
+
+
+LoopMessage: TypeAlias = Entered | Committed | Leaving | Left | Stayed | Looked
+
+
+class ManagerLoop:
+    """Owns admission, eviction and the queue for room."""
+
+    def __init__(self, residency: Residency, peer: Callable[[str], Peer | None]) -> None:
+        """`peer` finds an actor by model; None when it has vanished."""
+        self._residency = residency
+        self._peer = peer
+        self._inbox: asyncio.Queue[LoopMessage] = asyncio.Queue()
+        self._wake_at: float | None = None
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into the inbox."""
+        self._inbox.put_nowait(message)
+
+    async def run(self) -> None:
+        """Read the inbox until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._wake_at):
+                    self._enter(await self._inbox.get(), loop.time())
+            while not self._inbox.empty():
+                self._enter(self._inbox.get_nowait(), loop.time())
+            orders, self._wake_at = self._residency.decide(self._look, loop.time())
+            for order in orders:
+                self._give(order)
+
+    def _enter(self, message: LoopMessage, now: float) -> None:
+        books = self._residency
+        match message:
+            case Entered():
+                refusal = books.enter(message.model, message.ticket, message.cost, now)
+                if refusal is not None:
+                    self._give(refusal)
+            case Committed():
+                books.commit(message.model, message.ticket, message.resident_bytes)
+            case Leaving():
+                books.releasing(message.model, message.ticket)
+            case Left():
+                books.leave(message.model, message.ticket)
+            case Stayed():
+                books.refused(message.model, message.ticket)
+            case Looked():
+                pass
+
+    def _look(self, model: str) -> Look | None:
+        peer = self._peer(model)
+        return None if peer is None else peer.look
+
+    def _give(self, order: Order) -> None:
+        peer = self._peer(order.model)
+        if peer is None:
+            return
+        match order.message:
+            case EvictAsked():
+                log.info(
+                    "eviction_asked",
+                    model=order.model,
+                    when_drained=order.message.when_drained,
+                    waiting=self._residency.waiting,
+                )
+            case EvictionRelented():
+                log.info("eviction_relented", model=order.model)
+            case _:
+                pass
+        peer.tell(order.message)

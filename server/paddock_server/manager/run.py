@@ -1,0 +1,208 @@
+"""One worker from its start to its end: the slow work of an actor, in tasks that report by message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from paddock.errors import PaddockError, Reason
+from paddock_server.manager import failure as failures
+from paddock_server.manager.messages import StartFailed, WorkerDied, WorkerReady, WorkerReaped
+from paddock_server.manager.options import Options, effective_options
+from paddock_server.supervisor import WorkerSpec
+from paddock_server.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from paddock.v1 import model_manager_pb2 as pb
+    from paddock_server.manager.messages import Event
+    from paddock_server.supervisor import Generation, WorkerExit
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+ABORT_SECONDS = 10.0
+"""How long an aborted load may take to end by itself: the supervisor's own bound for it, and a margin."""
+
+
+class LiveWorker(Protocol):
+    """What the manager needs of `supervisor.Worker`."""
+
+    pid: int
+    start_time: float
+    exited: asyncio.Future[WorkerExit]
+
+    @property
+    def heartbeat(self) -> worker_pb2.Heartbeat | None:
+        """The latest sign of life."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """Return the memory the process has resident."""
+        ...
+
+    def log_tail(self) -> tuple[str, ...]:
+        """Return the last lines the process wrote."""
+        ...
+
+    async def load(
+        self,
+        request: worker_pb2.Load,
+        on_progress: Callable[[worker_pb2.LoadProgress], None],
+        *,
+        size_bytes: int | None = None,
+    ) -> worker_pb2.Ready:
+        """Load the model. Raises `PaddockError`."""
+        ...
+
+    def abort_load(self) -> None:
+        """Have the load given up."""
+        ...
+
+    def generate(self, request: pb.GenerateRequest) -> Generation:
+        """Return a generation, which starts when it is entered."""
+        ...
+
+    async def call(self, call: worker_pb2.Call) -> worker_pb2.Reply:
+        """Ask a question and wait for its answer. Raises `PaddockError`."""
+        ...
+
+    async def stop(self, *, grace_seconds: float, reason: str) -> WorkerExit:
+        """End the worker. Idempotent and bounded."""
+        ...
+
+
+class WorkerLauncher(Protocol):
+    """What the manager needs of `supervisor.Launcher`."""
+
+    async def start(self, spec: WorkerSpec) -> LiveWorker:
+        """Start a worker. Raises `PaddockError`; leaves nothing behind then, nor when cancelled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The worker has introduced itself and begins to load."""
+
+    load_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """The load advanced."""
+
+    load_number: int
+    stage: worker_pb2.LoadStage.ValueType
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What to run."""
+
+    load_number: int
+    spec: WorkerSpec
+    frame: worker_pb2.Load
+    options: Options
+    size_bytes: int
+    stop_grace_seconds: float
+
+
+class WorkerRun:
+    """One worker. Tells the actor `Spawned`, `Progressed`*, then `WorkerReady` or `StartFailed`.
+
+    After `WorkerReady` comes `WorkerDied` if it dies. After `stop`, whenever that is, comes `WorkerReaped`;
+    what else is still on its way then has lost its meaning.
+    """
+
+    def __init__(
+        self, launcher: WorkerLauncher, plan: RunPlan, tell: Callable[[Event | Spawned | Progressed], None]
+    ) -> None:
+        self._launcher = launcher
+        self._plan = plan
+        self._tell = tell
+        self.worker: LiveWorker | None = None
+        self._start_task = asyncio.create_task(self._start(), name=f"load-{plan.spec.load_id}")
+        self._start_task.add_done_callback(self._on_started)
+        self._stop_task: asyncio.Task[None] | None = None
+
+    @property
+    def death(self) -> WorkerDied | None:
+        """The end of a worker that served, as soon as it is known and before the message about it is read."""
+        worker = self.worker
+        if worker is None or not worker.exited.done() or self._stop_task is not None:
+            return None
+        return WorkerDied(self._plan.load_number, self._failure_of_exit(worker.exited))
+
+    def stop(self, reason: str) -> None:
+        """Stop the worker, whatever it is doing."""
+        if self._stop_task is None:
+            self._stop_task = asyncio.create_task(self._stop(reason), name=f"stop-{self._plan.spec.load_id}")
+            self._stop_task.add_done_callback(self._on_stopped)
+
+    async def _start(self) -> worker_pb2.Ready:
+        plan = self._plan
+        worker = self.worker = await self._launcher.start(plan.spec)
+        self._tell(Spawned(plan.load_number))
+        loaded = False
+        try:
+            ready = await worker.load(plan.frame, self._on_progress, size_bytes=plan.size_bytes)
+            loaded = True
+            return ready
+        finally:
+            if not loaded:
+                await worker.stop(grace_seconds=plan.stop_grace_seconds, reason=Reason.LOAD_ABORTED)
+
+    def _on_progress(self, progress: worker_pb2.LoadProgress) -> None:
+        self._tell(Progressed(self._plan.load_number, progress.stage, progress.fraction))
+
+    def _on_started(self, task: asyncio.Task[worker_pb2.Ready]) -> None:
+        number = self._plan.load_number
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._tell(WorkerReady(number, effective_options(self._plan.options, task.result())))
+            if self.worker is not None:
+                self.worker.exited.add_done_callback(self._on_exited)
+            return
+        if isinstance(error, PaddockError):
+            tail = self.worker.log_tail() if self.worker is not None else ()
+            self._tell(StartFailed(number, failures.failure_of(error, log_tail=tail)))
+            return
+        log.error("load_bug", model=self._plan.spec.model_id, load_id=self._plan.spec.load_id, exc_info=error)
+        self._tell(StartFailed(number, failures.internal(self._plan.spec.model_id)))
+
+    def _on_exited(self, exited: asyncio.Future[WorkerExit]) -> None:
+        if self._stop_task is None and not exited.cancelled():
+            self._tell(WorkerDied(self._plan.load_number, self._failure_of_exit(exited)))
+
+    def _failure_of_exit(self, exited: asyncio.Future[WorkerExit]) -> failures.Failure:
+        model = self._plan.spec.model_id
+        error = exited.exception()
+        if error is None:
+            return failures.crash(model, exited.result())
+        log.error("worker_watch_bug", model=model, load_id=self._plan.spec.load_id, exc_info=error)
+        return failures.internal(model)
+
+    async def _stop(self, reason: str) -> None:
+        if not self._start_task.done():
+            if self.worker is not None:
+                self.worker.abort_load()
+                await asyncio.wait({self._start_task}, timeout=ABORT_SECONDS)
+            self._start_task.cancel()
+            await asyncio.wait({self._start_task})
+        if self.worker is not None:
+            await self.worker.stop(grace_seconds=self._plan.stop_grace_seconds, reason=reason)
+
+    def _on_stopped(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error(
+                "stop_bug", model=self._plan.spec.model_id, load_id=self._plan.spec.load_id, exc_info=error
+            )
+        self._tell(WorkerReaped(self._plan.load_number))

@@ -1,0 +1,308 @@
+"""The state machine of a model: (state, event) -> (state, effects). Pure.
+
+    UNLOADED, FAILED -> ADMITTING -> STARTING -> READY -> DRAINING -> STOPPING -> UNLOADED
+                            |          |  ^        |                     ^  |
+                            |          v  |        |                     |  +-> FAILED (it took too long)
+                            +-> rest  BACKOFF <----+ (the worker died)   |
+                                       |                                 |
+                                       +-> FAILED          an Unload of STARTING goes there too
+
+Every event is answered in every phase; one that comes too late changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from paddock.errors import Reason
+from paddock_server.manager import asking
+from paddock_server.manager import failure as failures
+from paddock_server.manager.messages import (
+    AcquireAsked,
+    AdmissionRefused,
+    Admitted,
+    CallerLeft,
+    ClearTimers,
+    CloseAsked,
+    Closed,
+    Commit,
+    EndLoad,
+    EvictAsked,
+    EvictionRefused,
+    EvictionRelented,
+    FileFound,
+    FileGone,
+    LeaseReturned,
+    Leave,
+    LoadAsked,
+    LookAgain,
+    Resume,
+    Resumed,
+    SetTimer,
+    StartFailed,
+    StartWorker,
+    Timer,
+    TimerFired,
+    UnloadAsked,
+    Vanish,
+    WarnLoad,
+    WorkerDied,
+    WorkerReady,
+    WorkerReaped,
+)
+from paddock_server.manager.state import (
+    AT_REST,
+    NEVER,
+    Cause,
+    Phase,
+)
+from paddock_server.manager.turn import Turn
+
+if TYPE_CHECKING:
+    from paddock_server.manager.messages import Effect, Event
+    from paddock_server.manager.state import ActorState, Limits
+
+
+class Step(NamedTuple):
+    """What an event comes to."""
+
+    state: ActorState
+    effects: tuple[Effect, ...]
+    """To be carried out in this order, after the state has been taken on."""
+
+    why: str
+    """Why the phase changed, for the log; empty when it did not."""
+
+
+def step(state: ActorState, event: Event, now: float, limits: Limits) -> Step:
+    """Answer an event. `now` is in seconds of the event loop's clock."""
+    turn = Turn(state, now, limits)
+    _HANDLERS[type(event)](turn, event)
+    return Step(turn.state, tuple(turn.effects), turn.why)
+
+
+def _admitted(turn: Turn, event: Admitted) -> None:
+    state = turn.state
+    if state.phase is not Phase.ADMITTING or event.ticket != state.ticket:
+        turn.do(Leave(event.ticket))
+        return
+    turn.to(Phase.STARTING, "admitted")
+    turn.do(ClearTimers((Timer.ADMISSION,)), StartWorker(state.load_number, state.options))
+
+
+def _admission_refused(turn: Turn, event: AdmissionRefused) -> None:
+    state = turn.state
+    if state.phase is not Phase.ADMITTING or event.ticket != state.ticket:
+        return
+    if event.failure.reason != Reason.QUEUE_FULL:
+        turn.fail(event.failure)
+        return
+    # Nothing is wrong with this model: the next request may find a place.
+    turn.call_off(event.failure)
+    turn.rest(Phase.UNLOADED, event.failure.reason)
+
+
+def _evict_asked(turn: Turn, event: EvictAsked) -> None:
+    state = turn.state
+    if state.phase is not Phase.READY or event.ticket != state.ticket:
+        turn.do(EvictionRefused(event.ticket))
+    elif state.leases == 0:
+        turn.stop(Cause.EVICTION)
+    elif event.when_drained:
+        turn.drain(Cause.YIELD, NEVER)
+    else:
+        turn.do(EvictionRefused(event.ticket))
+
+
+def _eviction_relented(turn: Turn, event: EvictionRelented) -> None:
+    state = turn.state
+    if state.phase is not Phase.DRAINING or state.cause is not Cause.YIELD or event.ticket != state.ticket:
+        return
+    if state.next_load is not None and state.next_load.options != state.options:
+        # The model is to be loaded anew anyway.
+        turn.drain_no_longer_than(Cause.RELOAD, turn.limits.drain_seconds)
+        return
+    waiters = state.waiters
+    called = state.next_load is not None
+    turn.to(
+        Phase.READY,
+        "eviction_relented",
+        waiters=(),
+        next_load=None,
+        explicit=state.explicit or called,
+    )
+    if called:
+        asking.remember_load(turn)
+        turn.do(EndLoad(None))
+    if waiters:
+        asking.grant(turn, waiters, waited=True)
+    turn.do(LookAgain())
+
+
+def _worker_ready(turn: Turn, event: WorkerReady) -> None:
+    state = turn.state
+    if state.phase is not Phase.STARTING or event.load_number != state.load_number:
+        return
+    waiters = state.waiters
+    turn.to(
+        Phase.READY,
+        "loaded",
+        effective=event.effective,
+        waiters=(),
+        leases=0,
+        ready_at=turn.now,
+        held_until=0.0,
+        # A restart keeps it: the model would forget within a second why its worker died.
+        failure=state.failure if state.restarting else None,
+        restart_count=state.restart_count + state.restarting,
+    )
+    turn.do(ClearTimers((Timer.LOAD,)), Commit(state.ticket), EndLoad(None))
+    asking.remember_load(turn)
+    if waiters:
+        asking.grant(turn, waiters, waited=True)
+    else:
+        turn.idle()
+
+
+def _start_failed(turn: Turn, event: StartFailed) -> None:
+    state = turn.state
+    if state.phase is not Phase.STARTING or event.load_number != state.load_number:
+        return
+    if event.failure.reason != Reason.WORKER_CRASHED:
+        turn.set(crash_count=state.crash_count + 1)
+        turn.fail(event.failure)
+        return
+    policy = turn.limits.restart if state.restarting else turn.limits.load_restart
+    _restart(turn, event.failure, policy.after_crash(state.crash_count, served_seconds=0.0))
+
+
+def _worker_died(turn: Turn, event: WorkerDied) -> None:
+    state = turn.state
+    if event.load_number != state.load_number:
+        return
+    if state.phase is Phase.DRAINING:
+        turn.set(failure=event.failure)
+        turn.rest(Phase.UNLOADED, event.failure.reason)
+    elif state.phase is Phase.READY:
+        turn.set(
+            leases=0, load_number=state.load_number + 1, effective=None, restarting=True, begun_at=turn.now
+        )
+        turn.do(ClearTimers((Timer.IDLE,)))
+        served_seconds = turn.now - state.ready_at
+        _restart(
+            turn,
+            event.failure,
+            turn.limits.restart.after_crash(state.crash_count, served_seconds=served_seconds),
+        )
+
+
+def _restart(turn: Turn, failure: Any, restart: Any) -> None:
+    """Start a worker again after a crash, or give up."""
+    turn.set(crash_count=restart.crash_count)
+    if restart.gives_up:
+        turn.fail(failures.crash_loop(failure, turn.state.model, restart.crash_count))
+        return
+    turn.to(Phase.BACKOFF, failure.reason, failure=failure)
+    turn.do(WarnLoad(failure), SetTimer(Timer.RESTART, restart.delay_seconds))
+
+
+def _worker_reaped(turn: Turn, event: WorkerReaped) -> None:
+    state = turn.state
+    if state.phase is not Phase.STOPPING or event.load_number != state.load_number:
+        return
+    turn.rest(Phase.FAILED if state.cause is Cause.TIMEOUT else Phase.UNLOADED, "stopped")
+
+
+def _timer_fired(turn: Turn, event: TimerFired) -> None:
+    state = turn.state
+    match event.timer, state.phase:
+        case Timer.ADMISSION | Timer.LOAD, Phase.ADMITTING:
+            turn.stall("admit")
+        case Timer.LOAD, Phase.STARTING:
+            turn.stall("load")
+        case Timer.LOAD, Phase.BACKOFF:
+            turn.stall("restart")
+        case Timer.RESTART, Phase.BACKOFF:
+            turn.to(Phase.STARTING, "backoff_over")
+            turn.do(StartWorker(state.load_number, state.options))
+        case Timer.DRAIN, Phase.DRAINING:
+            turn.abort_leases(state.cause)
+        case Timer.IDLE, Phase.READY if state.leases == 0:
+            turn.stop(Cause.IDLE)
+        case _:
+            pass
+
+
+def _file_found(turn: Turn, event: FileFound) -> None:
+    turn.set(defaults=event.defaults, problem=event.problem, gone=False, held_until=0.0)
+
+
+def _file_gone(turn: Turn, event: FileGone) -> None:
+    del event
+    turn.set(gone=True)
+    if turn.state.phase in AT_REST:
+        turn.do(Resume())
+
+
+def _close_asked(turn: Turn, event: CloseAsked) -> None:
+    if turn.state.closing:
+        return
+    turn.set(closing=True)
+    phase = turn.state.phase
+    if phase in AT_REST:
+        turn.do(Resume())
+        return
+    if phase is Phase.READY:
+        turn.drain(Cause.SHUTDOWN, event.drain_seconds)
+        return
+    turn.call_off(failures.shutting_down())
+    if phase is Phase.DRAINING:
+        turn.drain_no_longer_than(Cause.SHUTDOWN, event.drain_seconds)
+    elif phase is Phase.STARTING:
+        turn.stop(Cause.SHUTDOWN)
+    elif phase is not Phase.STOPPING:
+        turn.rest(Phase.UNLOADED, Cause.SHUTDOWN)
+
+
+def _resumed(turn: Turn, event: Resumed) -> None:
+    del event
+    state = turn.state
+    if state.phase not in AT_REST:
+        return
+    if state.closing:
+        turn.do(Closed())
+    elif state.gone:
+        turn.call_off(failures.model_not_found(state.model))
+        turn.do(Vanish())
+    elif state.next_load is not None:
+        turn.begin(state.next_load, "load_asked")
+    elif state.waiters:
+        refusal = state.refusal(turn.now)
+        if refusal is None:
+            turn.begin(asking.autoload(state), "request")
+        else:
+            turn.refuse_waiters(refusal)
+
+
+_HANDLERS: Final[dict[type[Event], Callable[[Turn, Any], None]]] = {
+    LoadAsked: asking.load_asked,
+    AcquireAsked: asking.acquire_asked,
+    CallerLeft: asking.caller_left,
+    LeaseReturned: asking.lease_returned,
+    UnloadAsked: asking.unload_asked,
+    Admitted: _admitted,
+    AdmissionRefused: _admission_refused,
+    EvictAsked: _evict_asked,
+    EvictionRelented: _eviction_relented,
+    WorkerReady: _worker_ready,
+    StartFailed: _start_failed,
+    WorkerDied: _worker_died,
+    WorkerReaped: _worker_reaped,
+    TimerFired: _timer_fired,
+    FileFound: _file_found,
+    FileGone: _file_gone,
+    CloseAsked: _close_asked,
+    Resumed: _resumed,
+}
+"""One handler for each event."""

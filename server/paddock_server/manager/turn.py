@@ -1,0 +1,177 @@
+"""One step of an actor while it is being taken: the moves that several events share. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from paddock.errors import Reason
+from paddock_server.manager import failure as failures
+from paddock_server.manager.messages import (
+    AnswerUnload,
+    ClearTimers,
+    EndLoad,
+    Enter,
+    Leave,
+    LookAgain,
+    Refuse,
+    Releasing,
+    Resume,
+    SetTimer,
+    StopWorker,
+    Timer,
+)
+from paddock_server.manager.state import NEVER, Cause, NextLoad, Phase
+
+if TYPE_CHECKING:
+    from paddock_server.manager.failure import Failure
+    from paddock_server.manager.messages import Effect
+    from paddock_server.manager.state import ActorState, Limits
+
+_ALL_TIMERS: Final = tuple(Timer)
+
+
+class Turn:
+    """A state on its way to the next one, and the effects collected on the way."""
+
+    def __init__(self, state: ActorState, now: float, limits: Limits) -> None:
+        self.state = state
+        self.now = now
+        self.limits = limits
+        self.effects: list[Effect] = []
+        self.why = ""
+
+    def set(self, **changes: Any) -> None:
+        """Change fields of the state."""
+        self.state = replace(self.state, **changes)
+
+    def do(self, *effects: Effect) -> None:
+        """Add effects."""
+        self.effects.extend(effects)
+
+    def to(self, phase: Phase, why: str, **changes: Any) -> None:
+        """Change the phase, with the reason for the log."""
+        self.why = why
+        self.set(phase=phase, **changes)
+
+    def begin(self, load: NextLoad, why: str) -> None:
+        """Begin a load at rest: ask for room."""
+        state = self.state
+        self.to(
+            Phase.ADMITTING,
+            why,
+            ticket=state.ticket + 1,
+            load_number=state.load_number + 1,
+            options=load.options,
+            effective=None,
+            explicit=load.explicit,
+            load_timeout_seconds=load.timeout_seconds,
+            begun_at=self.now,
+            next_load=None,
+            restarting=False,
+            restart_count=0,
+        )
+        if load.explicit:
+            self.set(crash_count=0, held_until=0.0)
+        if state.problem is not None:
+            self.fail(state.problem)
+            return
+        self.do(Enter(self.state.ticket, load.options))
+        if load.timeout_seconds is None:
+            self.do(SetTimer(Timer.ADMISSION, self.limits.admission_timeout_seconds))
+        else:
+            self.do(SetTimer(Timer.LOAD, load.timeout_seconds))
+
+    def idle(self) -> None:
+        """Note that a loaded model has no lease left."""
+        options = self.state.options
+        if options.idle_timeout_seconds > 0:
+            self.do(SetTimer(Timer.IDLE, options.idle_timeout_seconds))
+        self.do(LookAgain())
+
+    def drain(self, cause: Cause, seconds: float) -> None:
+        """Let the running requests end, then stop. With `NEVER` they may take as long as they like."""
+        if self.state.leases == 0:
+            self.stop(cause)
+            return
+        self.to(Phase.DRAINING, cause, cause=cause, drain_until=self.now + seconds)
+        self.do(ClearTimers((Timer.IDLE,)))
+        if seconds != NEVER:
+            self.do(SetTimer(Timer.DRAIN, seconds))
+
+    def drain_no_longer_than(self, cause: Cause, seconds: float) -> None:
+        """Bring a drain under way to an end for another cause, at the earlier of the two times."""
+        self.set(cause=cause)
+        if self.now + seconds < self.state.drain_until:
+            self.set(drain_until=self.now + seconds)
+            self.do(SetTimer(Timer.DRAIN, seconds))
+
+    def abort_leases(self, cause: Cause) -> None:
+        """Stop at once; the requests that still run are aborted."""
+        self.set(aborted=self.state.aborted + self.state.leases)
+        self.stop(cause)
+
+    def stop(self, cause: Cause) -> None:
+        """Stop the worker. From here on nothing brings this load back."""
+        self.to(Phase.STOPPING, cause, cause=cause, drain_until=NEVER)
+        reason = Reason.SHUTTING_DOWN if self.state.closing else Reason.MODEL_UNLOADED
+        self.do(
+            ClearTimers(_ALL_TIMERS),
+            Releasing(self.state.ticket),
+            StopWorker(self.state.load_number, reason),
+        )
+
+    def rest(self, phase: Phase, why: str) -> None:
+        """Come to rest: no worker, no reservation. Then see who wants the model next."""
+        state = self.state
+        self.to(phase, why, leases=0, unloads=(), aborted=0, drain_until=NEVER, explicit=False)
+        self.do(ClearTimers(_ALL_TIMERS), Leave(state.ticket))
+        if state.unloads:
+            self.do(AnswerUnload(state.unloads, state.aborted))
+        self.do(Resume())
+
+    def fail(self, failure: Failure) -> None:
+        """End the load under way with a failure: tell everyone who waits for it, and keep it."""
+        failure = self.hold(failure)
+        self.do(EndLoad(failure))
+        self.refuse_waiters(failure)
+        self.rest(Phase.FAILED, failure.reason)
+
+    def hold(self, failure: Failure) -> Failure:
+        """Keep a failure and requests off until trying again makes sense; return it with that time."""
+        if failure.is_permanent:
+            self.set(failure=failure, held_until=NEVER)
+            return failure
+        policy = self.limits.restart
+        gives_up = failure.reason == Reason.CRASH_LOOP
+        delay = policy.max_delay_seconds if gives_up else policy.delay_seconds(self.state.crash_count)
+        self.set(failure=failure, held_until=self.now + delay)
+        return failure.after(delay) if delay > 0 else failure
+
+    def refuse_waiters(self, failure: Failure) -> None:
+        """Tell every waiting request why it gets no lease."""
+        self.do(*(Refuse(caller, failure) for caller in self.state.waiters))
+        self.set(waiters=())
+
+    def call_off(self, failure: Failure) -> int:
+        """Call off what is wanted after or from the load under way; return how many requests that aborts."""
+        aborted = len(self.state.waiters)
+        self.refuse_waiters(failure)
+        self.do(EndLoad(failure))
+        self.set(next_load=None)
+        return aborted
+
+    def stall(self, stage: str) -> None:
+        """End a load that takes too long."""
+        state = self.state
+        seconds = state.load_timeout_seconds
+        if seconds is None:
+            seconds = self.limits.admission_timeout_seconds
+        failure = failures.load_stalled(state.model, stage, seconds)
+        self.set(crash_count=state.crash_count + 1)
+        if state.phase is not Phase.STARTING:
+            self.fail(failure)
+            return
+        failure = self.hold(failure)
+        self.call_off(failure)
+        self.stop(Cause.TIMEOUT)
