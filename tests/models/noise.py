@@ -230,7 +230,7 @@ def _layer(rng: np.random.Generator, layer: int, context: int) -> dict[str, Floa
     for head in range(HEADS_KV):
         key[head * HEAD : (head + 1) * HEAD : 2, CONSTANT] = np.sqrt(_frequency_weights())
         value[head * HEAD + bits, _bit(layer, rng.permutation(BITS))] = 1.0
-    gate, up, down = _parity(layer)
+    gate, up, down = parity_weights(layer)
     prefix = f"blk.{layer}."
     return {
         f"{prefix}attn_norm.weight": _norm(),
@@ -275,8 +275,13 @@ def self_share(distance: int, context: int) -> float:
     """The share of attention to the position itself for which no two positions are ever nearly as good."""
     if distance >= context:
         return 1.0
-    shares = np.arange(0.1, 0.95, 0.02)
-    return max(shares, key=lambda share: worst_gap(look_back_scores(distance, context, float(share))))
+
+    def gap(share: float) -> float:
+        scores = look_back_scores(distance, context, share)
+        # Two peaks side by side may add up to one between them.
+        return worst_gap(scores) if scores.argmax() == distance else 0.0
+
+    return max(np.arange(0.1, 0.95, 0.02).tolist(), key=gap)
 
 
 def look_back_query(distance: int, context: int) -> NDArray[np.float64]:
@@ -290,7 +295,7 @@ def look_back_query(distance: int, context: int) -> NDArray[np.float64]:
     return SHARPNESS * np.sqrt(HEAD) * np.repeat(np.sqrt(_frequency_weights()), 2) * query
 
 
-def _parity(layer: int) -> tuple[Floats, Floats, Floats]:
+def parity_weights(layer: int) -> tuple[Floats, Floats, Floats]:
     """Gate, up and down: the parity of the sums in this layer's bits becomes the next layer's bits."""
     gate = np.zeros((FEED_FORWARD, EMBEDDING), np.float32)
     up = np.zeros((FEED_FORWARD, EMBEDDING), np.float32)
