@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steps import CACHE, ROOT, VENV, StepError, fail, fingerprint, run, say
+from tools import lacking_go
 from venvs import Environment, bin_path
 
 PROTOS = ROOT / "protos"
@@ -72,11 +73,11 @@ def generate(out: Path) -> list[str]:
         folders += sorted(
             f"{stubs.source_root}/{proto.parent.relative_to(PROTOS)}" for proto in proto_files(stubs.package)
         )
-    if shutil.which("go"):
+    if lacking := lacking_go():
+        say(f"{lacking}: the Go stubs are left as they are (https://go.dev/doc/install)")
+    else:
         generate_go(out)
         folders.append(GO_STUBS)
-    else:
-        say("Go is not installed, so the Go stubs are left as they are (https://go.dev/doc/install).")
     return list(dict.fromkeys(folders))
 
 

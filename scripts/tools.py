@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 
-from steps import CACHE, StepError, run, say
+from steps import CACHE, ROOT, StepError, run, say
 
 GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl"
 GRPCURL_VERSION = "v1.9.4"
+
+
+GO_MODULE = ROOT / "clients" / "go"
+GO_OLDEST = (1, 24)
+"""The first with `tool` directives, which pin the generators; also what clients/go/go.mod asks for."""
+
+
+def lacking_go() -> str | None:
+    """Why Go cannot be used here, in a few words; None when it can."""
+    if not shutil.which("go"):
+        return "Go is not installed"
+    # Asked inside the module, where a Go that may fetch newer toolchains answers with the one it would use.
+    said = subprocess.run(
+        ["go", "-C", GO_MODULE, "env", "GOVERSION"], capture_output=True, text=True, timeout=300, check=False
+    )
+    version = re.match(r"go(\d+)\.(\d+)", said.stdout)
+    if version is None or (int(version[1]), int(version[2])) < GO_OLDEST:
+        return f"Go is older than {GO_OLDEST[0]}.{GO_OLDEST[1]}"
+    return None
 
 
 def main() -> None:
@@ -17,8 +38,8 @@ def main() -> None:
         return
     if shutil.which("grpcurl"):
         return
-    if not shutil.which("go"):
-        say("Go is not installed: the tests of the Go client and of grpcurl are skipped")
+    if lacking := lacking_go():
+        say(f"{lacking}: the tests of the Go client and of grpcurl are skipped")
         return
     say("building grpcurl for the tests, once")
     folder.mkdir(parents=True, exist_ok=True)

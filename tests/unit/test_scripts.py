@@ -17,6 +17,7 @@ import bootstrap
 import gen_protos
 import llama_wheel
 from steps import StepError, fingerprint, run
+from tools import lacking_go
 from venvs import Environment, split_lock
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -172,6 +173,26 @@ def test_a_compile_without_cmake_is_refused_in_a_sentence(
 
     with pytest.raises(StepError, match=r"there is no cmake, and llama.cpp needs 3\.21 or newer"):
         llama_wheel.check_toolchain()
+
+
+@pytest.mark.parametrize(
+    ("says", "lacking"), [("go1.24.0", None), ("go1.26.8", None), ("go1.23.9", "Go is older than 1.24")]
+)
+def test_go_is_used_when_it_knows_tool_directives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says: str, lacking: str | None
+) -> None:
+    fake = tmp_path / "go"
+    fake.write_text(f"#!/bin/sh\necho {says}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert lacking == lacking_go()
+
+
+def test_go_is_reported_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert lacking_go() == "Go is not installed"
 
 
 def test_stubs_that_differ_are_counted_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
