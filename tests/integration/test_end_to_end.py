@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
     from pathlib import Path
 
+    from openai.types.chat import ChatCompletionMessageParam
+
     from paddock.api import ModelManagerApi
 
 MODEL = "noise"
@@ -74,7 +76,9 @@ async def load(api: ModelManagerApi, model: str = MODEL) -> list[pb.LoadResponse
         return [response async for response in responses]
 
 
-async def test_a_load_streams_progress_that_never_goes_back_and_ends_with_loaded(api: ModelManagerApi) -> None:
+async def test_a_load_streams_progress_that_never_goes_back_and_ends_with_loaded(
+    api: ModelManagerApi,
+) -> None:
     await api.unload(pb.UnloadRequest(model=MODEL))
 
     responses = await load(api)
@@ -146,7 +150,7 @@ async def test_the_openai_sdk_works_unchanged(server: ServerProcess, stream: boo
 
 async def _ask(client: AsyncOpenAI, *, stream: bool, chat: bool) -> tuple[str, str | None]:
     text, finish_reason = "", None
-    messages = [{"role": "user", "content": "hello"}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
     if chat and stream:
         async for chunk in await client.chat.completions.create(
             model=MODEL, messages=messages, max_completion_tokens=12, stream=True
@@ -154,10 +158,14 @@ async def _ask(client: AsyncOpenAI, *, stream: bool, chat: bool) -> tuple[str, s
             text += chunk.choices[0].delta.content or ""
             finish_reason = chunk.choices[0].finish_reason
     elif chat:
-        answer = await client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=12)
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=messages, max_completion_tokens=12
+        )
         text, finish_reason = answer.choices[0].message.content or "", answer.choices[0].finish_reason
     elif stream:
-        async for part in await client.completions.create(model=MODEL, prompt="hello", max_tokens=12, stream=True):
+        async for part in await client.completions.create(
+            model=MODEL, prompt="hello", max_tokens=12, stream=True
+        ):
             text += part.choices[0].text
             finish_reason = part.choices[0].finish_reason
     else:
@@ -168,7 +176,9 @@ async def _ask(client: AsyncOpenAI, *, stream: bool, chat: bool) -> tuple[str, s
 
 def test_the_gateway_and_grpc_give_the_same_greedy_text(server: ServerProcess) -> None:
     with OpenAI(base_url=f"{server.http_url}/v1", api_key="none") as client:
-        over_http = client.completions.create(model=MODEL, prompt="one two three", max_tokens=24, temperature=0)
+        over_http = client.completions.create(
+            model=MODEL, prompt="one two three", max_tokens=24, temperature=0
+        )
 
     async def over_grpc() -> str:
         async with connect(server.grpc_address) as channel:
