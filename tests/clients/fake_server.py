@@ -74,6 +74,9 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     error: PaddockError | None = None
     """Raised by every call while set."""
 
+    errors: dict[str, PaddockError] = field(default_factory=dict[str, PaddockError])
+    """By RPC: raised by every call of that one."""
+
     truncate: bool = False
     """End streams without their terminal message."""
 
@@ -107,7 +110,8 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         return [call.request for call in self.calls if call.rpc == rpc]
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadResponse]:
-        model = self._begin("Load", request, context)
+        self._begin("Load", request, context)
+        model = self._model(request.model, context)
         already = model.state == model_pb2.MODEL_STATE_LOADED
         if not already:
             yield from self._load_progress()
@@ -123,7 +127,8 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         yield pb.LoadResponse(loaded=loaded)
 
     def Unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
-        model = self._begin("Unload", request, context)
+        self._begin("Unload", request, context)
+        model = self._model(request.model, context)
         model.CopyFrom(make_model(model.id, model_pb2.MODEL_STATE_UNLOADED))
         return pb.UnloadResponse(model=model, aborted_request_count=2)
 
@@ -136,7 +141,8 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         return pb.ListResponse(models=page, next_page_token=str(start + 2) if more else "", revision=7)
 
     def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> pb.GetResponse:
-        return pb.GetResponse(model=self._begin("Get", request, context))
+        self._begin("Get", request, context)
+        return pb.GetResponse(model=self._model(request.model, context))
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchResponse]:
         self._begin("Watch", request, context)
@@ -153,7 +159,8 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
-        model = self._begin("Generate", request, context)
+        self._begin("Generate", request, context)
+        model = self._model(request.model, context)
         if model.state != model_pb2.MODEL_STATE_LOADED:
             self._abort(make_error(Reason.MODEL_NOT_LOADED, f"{model.id!r} is not loaded."), context)
         yield pb.GenerateResponse(
@@ -226,15 +233,17 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         info.devices.add(display_name="CUDA0: fake", total_bytes=10, free_bytes=4)
         return info
 
-    def _begin(self, rpc: str, request: Message, context: grpc.ServicerContext) -> model_pb2.Model:
-        """Note the call, raise what the test asked for, and return the model that the request names."""
+    def _begin(self, rpc: str, request: Message, context: grpc.ServicerContext) -> None:
+        """Note the call, and raise what the test asked for."""
         self.calls.append(Call(rpc, request, dict(context.invocation_metadata())))
         if rpc in self.cancelled:
             self.finished.discard(rpc)
             context.add_callback(partial(self._ended, rpc))
-        if self.error is not None:
-            self._abort(self.error, context)
-        name: str = getattr(request, "model", "tiny")
+        error = self.error or self.errors.get(rpc)
+        if error is not None:
+            self._abort(error, context)
+
+    def _model(self, name: str, context: grpc.ServicerContext) -> model_pb2.Model:
         if name not in self.models:
             self._abort(ModelNotFoundError.of(name), context)
         return self.models[name]

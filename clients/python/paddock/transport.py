@@ -26,8 +26,11 @@ REQUEST_ID_KEY: Final = "x-request-id"
 
 SERVICE_NAME: Final = "paddock.v1.ModelManager"
 
-MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-"""Largest message, each way: gRPC's default, written out because the API rests on it (64 texts per Embed)."""
+MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
+"""What the server takes."""
+
+MAX_RESPONSE_BYTES: Final = 4 * 1024 * 1024
+"""gRPC's default, written out because the API rests on it (64 texts per Embed)."""
 
 _KEEPALIVE_TIME_MS: Final = 20_000
 _KEEPALIVE_TIMEOUT_MS: Final = 10_000
@@ -51,8 +54,8 @@ _SERVICE_CONFIG: Final[dict[str, object]] = {
 }
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, str | int], ...]] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     # A load or a watch may be silent for minutes; pings find out that the other machine is gone. The server
     # has to allow them: its `grpc.http2.min_recv_ping_interval_without_data_ms` is below the time here.
     ("grpc.keepalive_time_ms", _KEEPALIVE_TIME_MS),

@@ -1,0 +1,63 @@
+"""The command line put together."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version as distribution_version
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from paddock.cli import daemons, models, talk
+from paddock.cli.output import note, write
+from paddock.cli.session import DEFAULT_SERVER, ServerOption
+from paddock.errors import PaddockError
+
+if TYPE_CHECKING:
+    from paddock.types import ServerInfo
+
+_VERSION_SECONDS: Final = 2.0
+"""How long `paddock version` waits for a server that may not be there."""
+
+
+app = typer.Typer(
+    name="paddock",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Load, serve and unload language models.",
+    epilog=(
+        "Exit codes: 0 done, 1 failed, 2 wrong argument, 3 no such model, 4 server unreachable, "
+        "5 not now (try again), 6 model cannot be loaded, 130 interrupted."
+    ),
+)
+
+
+_SERVING, _TALKING, _MODELS, _OTHER = "Serve", "Talk", "Models", "Other"
+
+
+app.command(rich_help_panel=_SERVING)(daemons.up)
+app.command(rich_help_panel=_SERVING)(daemons.serve)
+app.command(rich_help_panel=_SERVING)(daemons.gateway)
+app.command(rich_help_panel=_TALKING)(talk.run)
+app.command(rich_help_panel=_TALKING)(talk.chat)
+for command in (models.ls, models.ps, models.show, models.load, models.unload, models.logs, models.tokenize):
+    app.command(rich_help_panel=_MODELS)(command)
+
+
+@app.command(rich_help_panel=_OTHER)
+def version(server: ServerOption = DEFAULT_SERVER) -> None:
+    """Show the version of this program, and of the server if one answers."""
+    write(f"paddock {distribution_version('paddock')}\n")
+    try:
+        info = asyncio.run(_server_info(server))
+    except (PaddockError, TimeoutError):
+        note(f"No server answers at {server}.")
+    else:
+        write(f"server  {info.version}\n")
+
+
+async def _server_info(server: str) -> ServerInfo:
+    from paddock.client import Client
+
+    async with asyncio.timeout(_VERSION_SECONDS), Client.connect(server) as client:
+        return await client.server_info()

@@ -1,0 +1,298 @@
+"""Commands that serve until they are told to stop: up, serve, gateway.
+
+What they run is imported when they run: the client alone has neither the server nor the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import inspect
+import ipaddress
+import signal
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import typer
+
+from paddock.cli import output
+from paddock.cli.failures import ExitCode
+from paddock.cli.output import note
+from paddock.cli.session import DEFAULT_SERVER, ServerOption
+
+if TYPE_CHECKING:
+    from paddock.api import ModelManagerApi
+    from paddock_gateway.serve import Gateway
+    from paddock_server.app import RunningServer
+    from paddock_server.config import ServerConfig
+
+HostOption = Annotated[
+    str, typer.Option("--host", envvar="PADDOCK_HOST", help="Address the HTTP server listens on.")
+]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        "--port", envvar="PADDOCK_PORT", min=0, max=65535, help="Port of the HTTP server; 0: a free one."
+    ),
+]
+CorsOption = Annotated[
+    list[str] | None,
+    typer.Option("--cors-origin", help="Origin of web pages that may read answers. Can be repeated."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", envvar="PADDOCK_CONFIG", metavar="FILE", help="Settings as TOML.")
+]
+
+SERVER_FLAGS: Final[Mapping[str, Any]] = {
+    "models_dir": Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIRECTORY", help="Directory of GGUF files. Can be repeated."),
+    ],
+    "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
+    "models_autoload": Annotated[
+        bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")
+    ],
+    "ctx_size": Annotated[
+        int | None,
+        typer.Option("--ctx-size", "-c", help="Tokens the KV cache of a model holds; 0: as trained."),
+    ],
+    "parallel": Annotated[int | None, typer.Option(help="Sequences a model decodes at once.")],
+    "n_gpu_layers": Annotated[int | None, typer.Option(help="Layers on the accelerator; -1: all.")],
+    "threads": Annotated[
+        int | None, typer.Option("--threads", "-t", help="Threads of a worker; 0: one per physical core.")
+    ],
+    "batch_size": Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Most tokens decoded in one step.")
+    ],
+    "queue_limit": Annotated[int | None, typer.Option(help="Requests that may wait for one model.")],
+    "target_step_milliseconds": Annotated[
+        int | None, typer.Option(help="Length of a step while a prompt is taken in beside streams.")
+    ],
+    "idle_timeout_seconds": Annotated[
+        float | None, typer.Option(help="Unload models after so long without use; 0: never.")
+    ],
+    "drain_seconds": Annotated[
+        float | None, typer.Option(help="How long running requests may go on at the end.")
+    ],
+    "grpc_host": Annotated[str | None, typer.Option(help="Address the gRPC server listens on.")],
+    "grpc_port": Annotated[int | None, typer.Option(help="Port of the gRPC server; 0: a free one.")],
+    "reflection": Annotated[bool | None, typer.Option(help="Whether gRPC reflection is on, for grpcurl.")],
+    "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error.")],
+    "log_format": Annotated[str | None, typer.Option(help="auto, json or console.")],
+    "state_dir": Annotated[
+        str | None, typer.Option(metavar="DIRECTORY", help="Where loads are remembered; '' turns it off.")
+    ],
+}
+"""The fields of `ServerConfig` as flags. What was not typed is None and leaves the field to the environment,
+to the configuration file and to the default; ranges are checked there, for all of them alike."""
+
+
+def with_server_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of the server. It gets those that were typed as `flags`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in SERVER_FLAGS.items()
+    ]
+
+    @wraps(command)
+    def typed(**values: Any) -> None:
+        given = {name: values.pop(name) for name in SERVER_FLAGS}
+        command(**values, flags={name: value for name, value in given.items() if value is not None})
+
+    typed.__annotations__ = {}
+    vars(typed)["__signature__"] = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
+    )
+    return typed
+
+
+@with_server_flags
+def up(
+    flags: Mapping[str, object],
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
+    cors_origin: CorsOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Serve models over gRPC and HTTP, in one process. Stops with Ctrl-C or SIGTERM."""
+    with _extras("up", "server,gateway"):
+        from paddock_gateway.app import GatewayOptions
+        from paddock_gateway.serve import ListenError, serve
+        from paddock_server.app import StartError, run
+
+        _require_llama_cpp()
+    settings = _server_config(flags, config)
+    gateways: list[Gateway] = []
+
+    @contextlib.asynccontextmanager
+    async def attach(api: ModelManagerApi) -> AsyncGenerator[Gateway]:
+        options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
+        try:
+            async with serve(
+                api, host, port, drain_seconds=settings.drain_seconds, options=options
+            ) as gateway:
+                _log_gateway(gateway)
+                gateways.append(gateway)
+                yield gateway
+        except ListenError as error:
+            message = f"{error} The flags are --host and --port."
+            raise StartError(message) from error
+
+    def ready(server: RunningServer) -> None:
+        _announce(settings, server.grpc_address, gateways[0].url)
+
+    raise typer.Exit(run(settings, attach=attach, ready=ready))
+
+
+@with_server_flags
+def serve(flags: Mapping[str, object], config: ConfigOption = None) -> None:
+    """Serve models over gRPC alone. Stops with Ctrl-C or SIGTERM."""
+    with _extras("serve", "server"):
+        from paddock_server.app import run
+
+        _require_llama_cpp()
+    settings = _server_config(flags, config)
+    raise typer.Exit(run(settings, ready=lambda server: _announce(settings, server.grpc_address, "")))
+
+
+def gateway(
+    server: ServerOption = DEFAULT_SERVER,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
+    cors_origin: CorsOption = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="How long running requests may go on at the end.")
+    ] = 30,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least severe level logged.")
+    ] = "info",
+    log_format: Annotated[
+        Literal["auto", "json", "console"], typer.Option(help="auto: json unless a terminal.")
+    ] = "auto",
+) -> None:
+    """Serve HTTP in front of a server elsewhere. Stops with Ctrl-C or SIGTERM."""
+    with _extras("gateway", "gateway"):
+        from paddock_gateway.app import GatewayOptions
+        from paddock_gateway.serve import ListenError, serve
+        from paddock_server.logs import configure_logging
+    from paddock.transport import GrpcApi, connect
+
+    configure_logging(log_level, log_format)
+
+    async def run() -> None:
+        options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
+        async with (
+            connect(server) as channel,
+            _told_to_stop() as stop,
+            serve(GrpcApi(channel), host, port, drain_seconds=drain_seconds, options=options) as running,
+        ):
+            _log_gateway(running)
+            await stop.wait()
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run())
+    except ListenError as error:
+        output.error(f"{error} The flags are --host and --port.")
+        raise typer.Exit(ExitCode.FAILED) from error
+
+
+@contextlib.contextmanager
+def _extras(command: str, extras: str) -> Generator[None]:
+    """Turn a missing dependency into a sentence that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("paddock"):
+            raise  # not a dependency: a bug
+        install = f"pip install 'paddock[{extras}]'"
+        output.error(f"`paddock {command}` needs {error.name}, which is not installed: {install}.")
+        raise typer.Exit(ExitCode.FAILED) from error
+
+
+def _require_llama_cpp() -> None:
+    """Raise when the workers would not find llama.cpp; the server itself never imports it."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        message = "No module named 'llama_cpp'"
+        raise ModuleNotFoundError(message, name="llama_cpp")
+
+
+def _server_config(flags: Mapping[str, object], file: Path | None) -> ServerConfig:
+    from paddock_server.config import ConfigError, ServerConfig
+
+    try:
+        config = ServerConfig.load(flags, file)
+    except ConfigError as error:
+        output.error(str(error))
+        raise typer.Exit(ExitCode.USAGE) from error
+    if not config.models_dir:
+        note("No --models-dir was given, so there are no models to serve.", style="yellow")
+    return config
+
+
+def _announce(config: ServerConfig, grpc_address: str, http_url: str) -> None:
+    """Tell a person where things are. A log collector reads the same in the log."""
+    if not sys.stderr.isatty() or config.log_format == "json":
+        return
+    if http_url:
+        note(f"HTTP   {http_url}/v1  (OpenAI-compatible)", style="bold")
+    note(f"gRPC   {grpc_address}", style="bold")
+    note("`paddock ls` lists the models, `paddock chat MODEL` talks with one. Ctrl-C stops the server.")
+
+
+def _log_gateway(gateway: Gateway) -> None:
+    import structlog
+
+    log = structlog.get_logger()
+    log.info("gateway_ready", http=gateway.url.removeprefix("http://"))
+    if _is_exposed(gateway.host):
+        log.warning(
+            "gateway_exposed",
+            host=gateway.host,
+            advice="Anyone who reaches this address can use the server.",
+        )
+
+
+def _is_exposed(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+@contextlib.asynccontextmanager
+async def _told_to_stop() -> AsyncGenerator[asyncio.Event]:
+    """Give an event that SIGTERM and SIGINT set. A second signal cancels what is still being drained."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+
+    def on_signal() -> None:
+        if stop.is_set() and task is not None:
+            task.cancel()
+        stop.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

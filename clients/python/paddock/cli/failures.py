@@ -1,0 +1,74 @@
+"""What a failure becomes on the command line: an exit code and a sentence. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Final
+
+from paddock.errors import PaddockError, Reason, row_of
+
+
+class ExitCode(IntEnum):
+    """What the exit code of every command says."""
+
+    OK = 0
+    FAILED = 1
+    """Failed in a way no other code says."""
+    USAGE = 2
+    """An argument is wrong."""
+    NOT_FOUND = 3
+    """There is no such model."""
+    SERVER_UNREACHABLE = 4
+    UNAVAILABLE = 5
+    """Not now; the same command may work in a moment."""
+    CANNOT_LOAD = 6
+    """The model cannot be loaded until something about it, or about the machine, changes."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
+
+
+_EXIT_CODES: Final[Mapping[str, ExitCode]] = {
+    Reason.SERVER_UNREACHABLE: ExitCode.SERVER_UNREACHABLE,
+    Reason.MODEL_NOT_FOUND: ExitCode.NOT_FOUND,
+    Reason.HUB_FILE_NOT_FOUND: ExitCode.NOT_FOUND,
+    Reason.INVALID_FIELD: ExitCode.USAGE,
+    Reason.INVALID_GRAMMAR: ExitCode.USAGE,
+    Reason.CONTEXT_LENGTH_EXCEEDED: ExitCode.USAGE,
+    Reason.CRASH_LOOP: ExitCode.CANNOT_LOAD,
+    Reason.UNSUPPORTED_MODEL: ExitCode.CANNOT_LOAD,
+    Reason.MODEL_CORRUPT: ExitCode.CANNOT_LOAD,
+    Reason.LOAD_STALLED: ExitCode.CANNOT_LOAD,
+    Reason.INSUFFICIENT_MEMORY: ExitCode.CANNOT_LOAD,
+    Reason.DISK_FULL: ExitCode.CANNOT_LOAD,
+}
+
+
+def exit_code(reason: str) -> ExitCode:
+    """Return the exit code for the reason of an error."""
+    if reason in _EXIT_CODES:
+        return _EXIT_CODES[reason]
+    return ExitCode.UNAVAILABLE if row_of(reason).retryable else ExitCode.FAILED
+
+
+def describe(error: PaddockError, server: str) -> str:
+    """Return what to tell the person at the keyboard: what happened, and what to do about it."""
+    model = error.resource or error.metadata.get("model", "MODEL")
+    match error.reason:
+        case Reason.SERVER_UNREACHABLE:
+            return (
+                f"No Paddock server answers at {server}. "
+                "Start it with `paddock up`, or name another with --server."
+            )
+        case Reason.MODEL_NOT_FOUND:
+            return f"There is no model named {model!r}. `paddock ls` shows the models there are."
+        case Reason.MODEL_NOT_LOADED:
+            return f"{error.message} Load it with `paddock load {model}`."
+        case Reason.CRASH_LOOP | Reason.WORKER_CRASHED:
+            return f"{error.message} `paddock logs {model}` shows what its worker wrote."
+        case Reason.INTERNAL if error.request_id:
+            return f"{error.message} The server's log says more under the request id {error.request_id}."
+        case _ if error.row.retryable:
+            return f"{error.message} Try again in {error.retry_after_seconds or 1:g} s."
+        case _:
+            return error.message

@@ -1,0 +1,148 @@
+"""What commands write: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from paddock.types import ModelState
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_WIDE: Final = 10_000
+"""Columns of a console that is no terminal: a script wants whole names, not an ellipsis."""
+
+_STATE_STYLES: Final[Mapping[ModelState, str]] = {
+    ModelState.LOADED: "green",
+    ModelState.LOADING: "yellow",
+    ModelState.UNLOADING: "yellow",
+    ModelState.SLEEPING: "cyan",
+    ModelState.FAILED: "red",
+}
+
+
+def results() -> Console:
+    """Return the console for results. Plain text unless it is a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+
+
+def notes() -> Console:
+    """Return the console for progress, warnings and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str, *, style: str = "") -> None:
+    """Tell the person at the keyboard something that is not a result."""
+    notes().print(Text(text, style=style))
+
+
+def error(text: str) -> None:
+    """Tell what went wrong."""
+    notes().print(Text.assemble(("Error: ", "bold red"), text))
+
+
+def write(text: str) -> None:
+    """Write generated text as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(value: object, *, indent: int | None = None) -> None:
+    """Write a value as JSON: in one line, unless indented."""
+    write(json.dumps(plain(value), ensure_ascii=False, indent=indent) + "\n")
+
+
+def plain(value: object) -> object:
+    """Turn dataclasses, times and bytes into what JSON knows. Enumerations are strings already."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return as_object(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        mapping = cast("Mapping[object, object]", value)
+        return {str(key): plain(item) for key, item in mapping.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in cast("Sequence[object]", value)]
+    return value
+
+
+def as_object(value: DataclassInstance) -> dict[str, object]:
+    """Turn a dataclass into an object of JSON."""
+    return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Return a table without lines, as `docker ps` has it."""
+    result = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for name in header:
+        result.add_column(name, no_wrap=True)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Return names with their values, one a line."""
+    result = Table.grid(padding=(0, 3, 0, 0))
+    result.add_column(no_wrap=True, style="bold")
+    result.add_column(overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def state_text(state: ModelState, reason: str = "") -> Text:
+    """Return a state in its colour, with the reason of a failure."""
+    return Text(f"{state} ({reason})" if reason else str(state), style=_STATE_STYLES.get(state, ""))
+
+
+def bytes_text(count: int) -> str:
+    """Return a size for people: powers of 1000, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def count_text(count: int) -> str:
+    """Return a number of parameters as model cards write it: 7.6B, 124M."""
+    value = float(count)
+    for unit in ("", "K", "M", "B"):
+        if value < 999.5:
+            return f"{value:.0f}{unit}" if not unit or value >= 99.95 else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}T"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration for people."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days"
+
+
+def ago_text(time: datetime | None, now: datetime | None = None) -> str:
+    """Return how long ago something was; "-" when it never was."""
+    if time is None:
+        return "-"
+    seconds = ((now or datetime.now(UTC)) - time).total_seconds()
+    return f"{seconds_text(max(seconds, 0))} ago"

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from paddock.cli.app import app
+from paddock.cli.failures import ExitCode
+from paddock.errors import Reason, make_error
+from paddock.v1 import generation_pb2, model_pb2
+from paddock.v1 import model_manager_pb2 as pb
+
+if TYPE_CHECKING:
+    from tests.clients.fake_server import FakeServer
+
+Paddock = Callable[..., Result]
+
+
+@pytest.fixture
+def paddock(server: FakeServer) -> Paddock:
+    def invoke(*arguments: str, **options: Any) -> Result:
+        environment = {"PADDOCK_SERVER": server.target, "COLUMNS": "100"}
+        result = CliRunner(env=environment).invoke(app, arguments, **options)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def events(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_ls_lists_every_model_with_its_state(paddock: Paddock) -> None:
+    result = paddock("ls")
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["MODEL", "STATE", "SIZE", "PARAMETERS", "QUANTIZATION", "CONTEXT"]
+    assert [line[0] for line in lines[1:]] == ["broken", "cold", "endless", "stuck", "tiny"]
+    assert lines[1][1:3] == ["failed", "(WORKER_CRASHED)"]
+    assert (result.exit_code, result.stderr) == (ExitCode.OK, "")
+
+
+def test_ls_of_a_server_without_models_writes_a_note_and_no_result(
+    paddock: Paddock, server: FakeServer
+) -> None:
+    server.manager.models.clear()
+
+    result = paddock("ls")
+
+    assert result.stdout == ""
+    assert "--models-dir" in result.stderr
+
+
+def test_ps_lists_models_with_a_worker_only(paddock: Paddock) -> None:
+    lines = paddock("ps").stdout.splitlines()
+
+    assert [line.split()[0] for line in lines[1:]] == ["endless", "tiny"]
+
+
+def test_json_lists_hold_what_the_client_knows(paddock: Paddock) -> None:
+    models = json.loads(paddock("ls", "--json").stdout)
+    loaded = json.loads(paddock("ps", "--json").stdout)
+
+    assert [model["id"] for model in models] == ["broken", "cold", "endless", "stuck", "tiny"]
+    assert models[0]["last_failure"]["signal"] == "SIGKILL"
+    assert [model["worker"]["pid"] for model in loaded] == [4242, 4242]
+    assert models[4]["load_time"] == "2023-11-14T22:13:20+00:00"
+
+
+def test_show_says_what_is_known_and_why_a_model_failed(paddock: Paddock) -> None:
+    text = paddock("show", "broken").stdout
+
+    assert "The worker was ended by SIGKILL." in text
+    assert "last line" in text
+    assert json.loads(paddock("show", "tiny", "--json").stdout)["info"]["architecture"] == "llama"
+
+
+def test_load_shows_progress_on_standard_error_and_nothing_on_standard_output(paddock: Paddock) -> None:
+    result = paddock("load", "cold")
+
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "Starting worker: Starting a worker.",
+        "Starting worker: warning: Died once.",
+        "Starting worker: done",
+        "Reading weights: Reading cold.gguf.",
+        "Reading weights: 50% (500 B of 1.0 kB)",
+        "Working: nothing to do",
+        "Loaded cold in 1.5 s.",
+    ]
+
+
+def test_load_of_a_loaded_model_says_so(paddock: Paddock) -> None:
+    assert paddock("load", "tiny").stderr == "tiny is loaded already.\n"
+
+
+def test_load_json_is_one_event_a_line_and_ends_with_loaded(paddock: Paddock) -> None:
+    result = paddock("load", "cold", "--json")
+
+    progress, loaded = events(result)[:-1], events(result)[-1]
+    assert {event["event"] for event in progress} == {"progress"}
+    assert progress[4]["fraction"] == 0.5
+    assert loaded["event"] == "loaded"
+    assert loaded["model"]["state"] == "loaded"
+    assert result.stderr == ""
+
+
+def test_load_sends_only_the_options_that_were_typed(paddock: Paddock, server: FakeServer) -> None:
+    paddock("load", "tiny")
+    paddock("load", "tiny", "-c", "0", "--parallel", "8", "--on-conflict", "reload")
+
+    assert server.manager.requests("Load") == [
+        pb.LoadRequest(model="tiny", conflict_policy=pb.LOAD_CONFLICT_POLICY_FAIL),
+        pb.LoadRequest(
+            model="tiny",
+            conflict_policy=pb.LOAD_CONFLICT_POLICY_RELOAD,
+            runtime_options=model_pb2.RuntimeOptions(context_size_tokens=0, slot_count=8),
+        ),
+    ]
+
+
+def test_unload_tells_how_many_requests_it_aborted(paddock: Paddock, server: FakeServer) -> None:
+    result = paddock("unload", "tiny", "--force")
+
+    assert result.stderr == "Unloaded tiny. 2 requests were aborted.\n"
+    assert server.manager.requests("Unload") == [pb.UnloadRequest(model="tiny", mode=pb.UNLOAD_MODE_FORCE)]
+
+
+def test_logs_are_results_and_lost_lines_a_note(paddock: Paddock, server: FakeServer) -> None:
+    result = paddock("logs", "tiny", "--tail", "5")
+
+    assert result.stdout == "first\nsecond\n"
+    assert result.stderr == "... 3 lines lost ...\n"
+    assert server.manager.requests("StreamLogs") == [pb.StreamLogsRequest(model="tiny", tail_line_count=5)]
+
+
+def test_tokenize_shows_half_characters_as_bytes(paddock: Paddock) -> None:
+    assert paddock("tokenize", "tiny", "hé").stdout == "104\t\"h\"\n195\tb'\\xc3'\n169\tb'\\xa9'\n"
+    assert json.loads(paddock("tokenize", "tiny", "-", "--json", input="h").stdout) == {
+        "token_ids": [104],
+        "pieces": ["h"],
+    }
+
+
+def test_run_writes_the_answer_and_only_the_answer_to_standard_output(
+    paddock: Paddock, server: FakeServer
+) -> None:
+    result = paddock("run", "tiny", "Hi", "--system", "Be brief.", "-n", "5", "--stop", "x", "--seed", "-3")
+
+    assert (result.stdout, result.stderr) == ("Hello, wörld!\n", "")
+    text = generation_pb2.ContentPart
+    assert server.manager.requests("Generate") == [
+        pb.GenerateRequest(
+            model="tiny",
+            chat=generation_pb2.ChatInput(
+                messages=[
+                    generation_pb2.ChatMessage(
+                        role=generation_pb2.ROLE_SYSTEM, content=[text(text="Be brief.")]
+                    ),
+                    generation_pb2.ChatMessage(role=generation_pb2.ROLE_USER, content=[text(text="Hi")]),
+                ]
+            ),
+            sampling=generation_pb2.SamplingParams(seed=-3),
+            stop=generation_pb2.StopParams(max_tokens=5, stop_sequences=["x"]),
+        )
+    ]
+
+
+def test_run_loads_a_model_that_is_not_loaded_and_shows_it_on_standard_error(paddock: Paddock) -> None:
+    result = paddock("run", "cold", "Hi")
+
+    assert result.stdout == "Hello, wörld!\n"
+    assert "Loaded cold in 1.5 s." in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("-",), ()])
+def test_run_reads_standard_input(paddock: Paddock, server: FakeServer, arguments: tuple[str, ...]) -> None:
+    paddock("run", "tiny", *arguments, "--raw", input="from stdin")
+
+    request = server.manager.requests("Generate")[0]
+    assert isinstance(request, pb.GenerateRequest)
+    assert request.prompt == "from stdin"
+
+
+def test_run_continues_the_text_when_the_model_has_no_chat_template(
+    paddock: Paddock, server: FakeServer
+) -> None:
+    server.manager.models["tiny"].info.has_chat_template = False
+
+    paddock("run", "tiny", "Once")
+    refused = paddock("run", "tiny", "Once", "--system", "Be brief.")
+
+    request = server.manager.requests("Generate")[0]
+    assert isinstance(request, pb.GenerateRequest)
+    assert request.prompt == "Once"
+    assert refused.exit_code == ExitCode.USAGE
+
+
+def test_run_json_is_one_event_a_line(paddock: Paddock) -> None:
+    lines = events(paddock("run", "tiny", "Hi", "--json"))
+
+    assert lines[0] == {"event": "started", "generation_id": "g-1", "model": "tiny"}
+    assert "".join(line["text"] for line in lines[1:-1]) == "Hello, wörld!"
+    assert lines[-2]["finish_reason"] == "stop"
+    assert lines[-1]["usage"] == {"prompt_tokens": 3, "cached_prompt_tokens": 1, "completion_tokens": 4}
+
+
+def test_chat_keeps_what_was_said_until_it_is_cleared(paddock: Paddock, server: FakeServer) -> None:
+    result = paddock("chat", "tiny", input="one\n\ntwo\n/clear\nthree\n")
+
+    assert result.stdout == "Hello, wörld!\n" * 3
+    assert result.exit_code == ExitCode.OK
+    said = [
+        [part.text for message in request.chat.messages for part in message.content]
+        for request in server.manager.requests("Generate")
+        if isinstance(request, pb.GenerateRequest)
+    ]
+    assert said == [["one"], ["one", "Hello, wörld!", "two"], ["three"]]
+
+
+def test_chat_goes_on_after_an_error(paddock: Paddock, server: FakeServer) -> None:
+    server.manager.errors["Generate"] = make_error(Reason.QUEUE_FULL, "Full.", retry_after_seconds=4)
+    result = paddock("chat", "tiny", input="one\ntwo\n")
+
+    assert result.stderr == "Error: Full. Try again in 4 s.\n" * 2
+    assert result.exit_code == ExitCode.OK
+
+
+def test_chat_refuses_a_model_without_a_chat_template(paddock: Paddock, server: FakeServer) -> None:
+    server.manager.models["tiny"].info.has_chat_template = False
+
+    result = paddock("chat", "tiny", input="one\n")
+
+    assert result.exit_code == ExitCode.FAILED
+    assert "`paddock run tiny TEXT`" in result.stderr
+
+
+def test_version_tells_its_own_and_the_servers(paddock: Paddock) -> None:
+    result = paddock("version")
+
+    assert result.stdout.splitlines()[0].startswith("paddock ")
+    assert result.stdout.splitlines()[1].split() == ["server", "9.9.9"]
+
+
+def test_version_works_without_a_server(paddock: Paddock) -> None:
+    result = paddock("version", "--server", "127.0.0.1:1")
+
+    assert result.exit_code == ExitCode.OK
+    assert result.stderr == "No server answers at 127.0.0.1:1.\n"
+
+
+CLIENT_COMMANDS = [
+    ("ls",),
+    ("ps",),
+    ("show", "tiny"),
+    ("load", "tiny"),
+    ("unload", "tiny"),
+    ("logs", "tiny"),
+    ("tokenize", "tiny", "text"),
+    ("run", "tiny", "Hi"),
+    ("chat", "tiny"),
+]
+
+
+@pytest.mark.parametrize("command", CLIENT_COMMANDS, ids=lambda command: command[0])
+def test_without_a_server_every_command_says_how_to_start_one(
+    paddock: Paddock, command: tuple[str, ...]
+) -> None:
+    result = paddock(*command, "--server", "127.0.0.1:1", input="")
+
+    assert result.exit_code == ExitCode.SERVER_UNREACHABLE
+    assert result.stdout == ""
+    assert result.stderr == (
+        "Error: No Paddock server answers at 127.0.0.1:1. "
+        "Start it with `paddock up`, or name another with --server.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (Reason.INTERNAL, ExitCode.FAILED),
+        (Reason.INVALID_FIELD, ExitCode.USAGE),
+        (Reason.MODEL_NOT_FOUND, ExitCode.NOT_FOUND),
+        (Reason.QUEUE_FULL, ExitCode.UNAVAILABLE),
+        (Reason.MODEL_CORRUPT, ExitCode.CANNOT_LOAD),
+    ],
+)
+@pytest.mark.parametrize("command", CLIENT_COMMANDS, ids=lambda command: command[0])
+def test_every_command_ends_an_error_with_one_line_and_its_exit_code(
+    paddock: Paddock, server: FakeServer, command: tuple[str, ...], reason: Reason, code: ExitCode
+) -> None:
+    server.manager.error = make_error(reason, "It happened.")
+
+    result = paddock(*command, input="")
+
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("load",),
+        ("nope",),
+        ("load", "tiny", "--on-conflict", "explode"),
+        ("logs", "tiny", "--tail", "-1"),
+        ("run", "tiny", "text", "--max-tokens", "0"),
+        ("show", "bad\udc80name"),
+    ],
+)
+def test_a_wrong_argument_is_a_usage_error(paddock: Paddock, arguments: tuple[str, ...]) -> None:
+    result = paddock(*arguments)
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "Traceback" not in result.output
+
+
+def test_standard_input_that_is_not_text_is_refused(paddock: Paddock) -> None:
+    result = paddock("run", "tiny", "-", input=b"\xff\xfe")
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "not valid UTF-8" in result.stderr
+
+
+def test_the_load_of_a_run_that_fails_is_its_failure(paddock: Paddock, server: FakeServer) -> None:
+    server.manager.errors["Load"] = make_error(Reason.MODEL_CORRUPT, "Bad magic in cold.gguf.")
+
+    result = paddock("run", "cold", "Hi")
+
+    assert result.exit_code == ExitCode.CANNOT_LOAD
+    assert result.stderr == "Error: Bad magic in cold.gguf.\n"

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from paddock.cli.failures import ExitCode, describe, exit_code
+from paddock.errors import TABLE, ModelNotFoundError, Reason, make_error
+
+EXPECTED = {
+    Reason.MODEL_NOT_FOUND: ExitCode.NOT_FOUND,
+    Reason.HUB_FILE_NOT_FOUND: ExitCode.NOT_FOUND,
+    Reason.HUB_ACCESS_DENIED: ExitCode.FAILED,
+    Reason.HUB_UNREACHABLE: ExitCode.UNAVAILABLE,
+    Reason.MODEL_NOT_LOADED: ExitCode.FAILED,
+    Reason.MODEL_IN_USE: ExitCode.FAILED,
+    Reason.OPTIONS_CONFLICT: ExitCode.FAILED,
+    Reason.LOAD_IN_PROGRESS: ExitCode.FAILED,
+    Reason.LOAD_ABORTED: ExitCode.FAILED,
+    Reason.LOAD_ID_MISMATCH: ExitCode.FAILED,
+    Reason.WATCH_TOO_SLOW: ExitCode.FAILED,
+    Reason.REVISION_GONE: ExitCode.FAILED,
+    Reason.INSUFFICIENT_MEMORY: ExitCode.CANNOT_LOAD,
+    Reason.DISK_FULL: ExitCode.CANNOT_LOAD,
+    Reason.QUEUE_FULL: ExitCode.UNAVAILABLE,
+    Reason.RATE_LIMITED: ExitCode.UNAVAILABLE,
+    Reason.SHUTTING_DOWN: ExitCode.UNAVAILABLE,
+    Reason.WORKER_CRASHED: ExitCode.UNAVAILABLE,
+    Reason.SERVER_UNREACHABLE: ExitCode.SERVER_UNREACHABLE,
+    Reason.CRASH_LOOP: ExitCode.CANNOT_LOAD,
+    Reason.UNSUPPORTED_MODEL: ExitCode.CANNOT_LOAD,
+    Reason.MODEL_UNLOADED: ExitCode.FAILED,
+    Reason.INVALID_FIELD: ExitCode.USAGE,
+    Reason.INVALID_GRAMMAR: ExitCode.USAGE,
+    Reason.TEMPLATE_ERROR: ExitCode.FAILED,
+    Reason.CONTEXT_LENGTH_EXCEEDED: ExitCode.USAGE,
+    Reason.MODEL_CORRUPT: ExitCode.CANNOT_LOAD,
+    Reason.LOAD_STALLED: ExitCode.CANNOT_LOAD,
+    Reason.KEY_MISSING: ExitCode.FAILED,
+    Reason.KEY_INVALID: ExitCode.FAILED,
+    Reason.SCOPE_DENIED: ExitCode.FAILED,
+    Reason.NOT_IMPLEMENTED: ExitCode.FAILED,
+    Reason.DEADLINE_EXCEEDED: ExitCode.FAILED,
+    Reason.CANCELLED: ExitCode.FAILED,
+    Reason.INTERNAL: ExitCode.FAILED,
+}
+
+
+@pytest.mark.parametrize("reason", TABLE)
+def test_every_reason_has_its_exit_code(reason: str) -> None:
+    assert exit_code(reason) is EXPECTED[Reason(reason)]
+
+
+def test_a_reason_of_a_newer_server_is_a_failure() -> None:
+    assert exit_code("FROM_THE_FUTURE") is ExitCode.FAILED
+
+
+@pytest.mark.parametrize("reason", TABLE)
+def test_every_error_is_described_in_one_line(reason: str) -> None:
+    text = describe(make_error(reason, "It happened.", metadata={"model": "m"}), "host:1")
+
+    assert text
+    assert "\n" not in text
+
+
+def test_what_to_do_is_said_with_the_error() -> None:
+    def described(reason: Reason, **arguments: object) -> str:
+        return describe(make_error(reason, "It happened.", **arguments), "host:1")  # pyright: ignore[reportArgumentType]
+
+    assert "host:1" in described(Reason.SERVER_UNREACHABLE)
+    assert "`paddock up`" in described(Reason.SERVER_UNREACHABLE)
+    assert "`paddock ls`" in describe(ModelNotFoundError.of("nope"), "host:1")
+    assert "'nope'" in describe(ModelNotFoundError.of("nope"), "host:1")
+    assert "`paddock load m`" in described(Reason.MODEL_NOT_LOADED, metadata={"model": "m"})
+    assert "`paddock logs m`" in described(Reason.CRASH_LOOP, metadata={"model": "m"})
+    assert "Try again in 4 s." in described(Reason.QUEUE_FULL, retry_after_seconds=4.0)
+    assert "r-7" in described(Reason.INTERNAL, request_id="r-7")
