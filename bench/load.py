@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import grpc.aio
+
 from paddock.v1 import generation_pb2, model_manager_pb2
 
 VOCABULARY = 20_000
@@ -35,6 +36,8 @@ class Job:
     prompt_tokens: int
     max_tokens: int
     seed: int = 0
+    delay: float = 0
+    """Seconds to wait before the first request."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ async def run(job: Job) -> Result:
     async with grpc.aio.insecure_channel(job.address, options=options) as channel:
         if job.path == "grpc":
             await channel.channel_ready()
+        await asyncio.sleep(job.delay)
         cpu, begin = _cpu_seconds(), time.perf_counter()
         times = await asyncio.gather(*(one(channel, job, stream) for stream in range(job.streams)))
         wall = time.perf_counter() - begin

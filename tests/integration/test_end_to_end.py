@@ -54,12 +54,12 @@ async def api(server: ServerProcess) -> AsyncGenerator[ModelManagerApi]:
         yield GrpcApi(channel)
 
 
-def request(max_tokens: int, model: str = MODEL, **stop: bool) -> pb.GenerateRequest:
+def request(max_tokens: int, model: str = MODEL, *, ignore_eos: bool = False) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         model=model,
         prompt="one two three",
         sampling=gen.SamplingParams(temperature=0),
-        stop=gen.StopParams(max_tokens=max_tokens, **stop),
+        stop=gen.StopParams(max_tokens=max_tokens, ignore_eos=ignore_eos),
     )
 
 

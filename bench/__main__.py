@@ -1,0 +1,247 @@
+"""Measure Paddock beside its own engine loop with nothing around it, in one run.
+
+    python -m bench [--short] [--json FILE]
+
+For 1, 8 and 32 streams: tokens a second of the engine alone, through gRPC and through the gateway, in turns, with the
+CPU time per token of every process; the memory of the idle server and of a worker; and how evenly streams go on while a
+prompt of 2,000 tokens is taken in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bench.processes import LineProcess, cpu_seconds, memory
+from tests.models.bench import SHAPE, make_bench_model
+from tests.servers import ServerProcess, paddock_up
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MODEL: Final = "bench"
+SLOTS: Final = 33
+"""Room for 32 streams and one more."""
+
+CONTEXT_TOKENS: Final = 8192
+PROMPT_TOKENS: Final = 16
+LONG_PROMPT_TOKENS: Final = 2000
+WORKLOADS: Final = {1: 192, 8: 96, 32: 48}
+"""Streams at once, and the tokens each of them makes."""
+
+PATHS: Final = ("engine", "grpc", "gateway")
+PARTS: Final = ("server", "worker", "client")
+MIB: Final = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Measurement:
+    """One path with one number of streams, over all rounds."""
+
+    rates: list[float] = field(default_factory=list[float])
+    """Tokens a second."""
+
+    cpu_us: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """Microseconds of CPU time per token, by process."""
+
+    def add(self, tokens: int, seconds: float, cpu: dict[str, float]) -> None:
+        """Take in one round."""
+        self.rates.append(tokens / seconds)
+        for part, used in cpu.items():
+            self.cpu_us.setdefault(part, []).append(used / tokens * 1e6)
+
+
+class Bench:
+    """The processes of one run."""
+
+    def __init__(self, server: ServerProcess, model: Path) -> None:
+        self.server = server
+        self.model = model
+        self.engine = LineProcess("bench.engine_alone", str(model), str(SLOTS), str(CONTEXT_TOKENS))
+        self.client = LineProcess("bench.load")
+        self.results: dict[tuple[str, int], Measurement] = {}
+
+    def close(self) -> None:
+        """End the helpers."""
+        self.engine.close()
+        self.client.close()
+
+    def job(
+        self, path: str, streams: int, max_tokens: int, *, prompt_tokens: int = PROMPT_TOKENS, seed: int = 0
+    ) -> dict[str, Any]:
+        """Return a job as the helpers take it."""
+        address = self.server.grpc_address if path == "grpc" else self.server.http_address
+        fields = {"path": path, "address": address, "model": MODEL, "streams": streams}
+        return fields | {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "seed": seed}
+
+    def measure(self, path: str, streams: int, max_tokens: int, seed: int) -> None:
+        """Run one path once and keep what it gave."""
+        measurement = self.results.setdefault((path, streams), Measurement())
+        job = self.job(path, streams, max_tokens, seed=seed)
+        if path == "engine":
+            answer = self.engine.ask(job)
+            measurement.add(
+                answer["completion_tokens"], answer["wall_seconds"], {"worker": answer["cpu_seconds"]}
+            )
+            return
+        (worker,) = self.server.workers()
+        pids = {"server": self.server.process.pid, "worker": worker.pid}
+        before = {part: cpu_seconds(pid) for part, pid in pids.items()}
+        answer = self.client.ask(job)
+        cpu = {part: cpu_seconds(pid) - before[part] for part, pid in pids.items()}
+        measurement.add(
+            answer["completion_tokens"], answer["wall_seconds"], cpu | {"client": answer["cpu_seconds"]}
+        )
+
+
+def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
+    """Measure everything and return it as a plain structure."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "models" / f"{MODEL}.gguf"
+        model.parent.mkdir()
+        say("making the model (about 100 million parameters, Q8_0)")
+        make_bench_model(model)
+        flags = ("--parallel", str(SLOTS), "--ctx-size", str(CONTEXT_TOKENS), "--log-level", "warning")
+        with paddock_up(model.parent, Path(directory) / "log.jsonl", *flags[:4]) as server:
+            idle = memory(server.process.pid)
+            bench = Bench(server, model)
+            try:
+                bench.client.ask(bench.job("gateway", 1, 4))
+                for seed in range(rounds):
+                    for streams, max_tokens in workloads.items():
+                        for path in PATHS:
+                            say(f"round {seed + 1} of {rounds}: {path}, {streams} streams")
+                            bench.measure(path, streams, max_tokens, seed)
+                say("a long prompt beside four streams")
+                return {
+                    "speed": speed_rows(bench.results, workloads),
+                    "memory": memory_rows(server, model, idle.pss),
+                    "long_prompt": long_prompt(bench),
+                }
+            finally:
+                bench.close()
+
+
+def speed_rows(
+    results: dict[tuple[str, int], Measurement], workloads: dict[int, int]
+) -> list[dict[str, Any]]:
+    """Return one row per path and number of streams; the ratio is the median of the rounds' own ratios."""
+    rows: list[dict[str, Any]] = []
+    for streams in workloads:
+        alone = results["engine", streams]
+        for path in PATHS:
+            measured = results[path, streams]
+            ratios = [rate / base for rate, base in zip(measured.rates, alone.rates, strict=True)]
+            row: dict[str, Any] = {"streams": streams, "path": path}
+            row |= {
+                "tokens_per_second": statistics.median(measured.rates),
+                "ratio": statistics.median(ratios),
+            }
+            row["ratios"] = ratios
+            row |= {f"{part}_us": statistics.median(used) for part, used in measured.cpu_us.items()}
+            rows.append(row)
+    return rows
+
+
+def memory_rows(server: ServerProcess, model: Path, idle_server: int) -> dict[str, float]:
+    """Return proportional memory in MiB."""
+    (worker,) = server.workers()
+    used = memory(worker.pid, model)
+    kv_bytes = kv_cache_bytes()
+    return {
+        "idle_server_mib": idle_server / MIB,
+        "server_after_mib": memory(server.process.pid).pss / MIB,
+        "worker_mib": used.pss / MIB,
+        "worker_weights_mib": used.file_pss / MIB,
+        "kv_cache_mib": kv_bytes / MIB,
+        "worker_beyond_mib": (used.pss - used.file_pss - kv_bytes) / MIB,
+    }
+
+
+def kv_cache_bytes() -> int:
+    """Return the bytes of the KV cache: keys and values of 16 bits for every cell, layer and head."""
+    return CONTEXT_TOKENS * SHAPE.layers * SHAPE.heads_kv * SHAPE.head * 2 * 2
+
+
+def long_prompt(bench: Bench) -> dict[str, float]:
+    """Return how streams go on while a long prompt is taken in: gaps between their tokens, in milliseconds."""
+    quiet = bench.client.ask(bench.job("gateway", 4, 96))
+    second = LineProcess("bench.load")
+    try:
+        second.ask(bench.job("gateway", 1, 1))
+        stdin = second.process.stdin
+        assert stdin is not None
+        streams = bench.job("gateway", 4, 160, seed=1)
+        stdin.write(
+            json.dumps(bench.job("gateway", 1, 1, prompt_tokens=LONG_PROMPT_TOKENS, seed=2) | {"delay": 1.0})
+            + "\n"
+        )
+        stdin.flush()
+        busy = bench.client.ask(streams)
+        stdout = second.process.stdout
+        assert stdout is not None
+        prompt = json.loads(stdout.readline())
+    finally:
+        second.close()
+    return {
+        "prompt_seconds": prompt["wall_seconds"],
+        "gap_p50_ms_quiet": percentile(quiet["gaps_seconds"], 50) * 1000,
+        "gap_p99_ms_quiet": percentile(quiet["gaps_seconds"], 99) * 1000,
+        "gap_p50_ms_beside_prompt": percentile(busy["gaps_seconds"], 50) * 1000,
+        "gap_p99_ms_beside_prompt": percentile(busy["gaps_seconds"], 99) * 1000,
+        "gap_max_ms_beside_prompt": max(busy["gaps_seconds"]) * 1000,
+    }
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Return a percentile of at least two values."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def say(text: str) -> None:
+    """Tell the person what is being done."""
+    print(f"bench: {text}", flush=True)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    print(
+        f"\n{'streams':>7}  {'path':<8} {'tokens/s':>9} {'ratio':>6}   CPU us per token: "
+        + "  ".join(f"{part:>7}" for part in PARTS)
+    )
+    for row in result["speed"]:
+        cpu = "  ".join(f"{row.get(f'{part}_us', float('nan')):7.0f}" for part in PARTS)
+        print(
+            f"{row['streams']:>7}  {row['path']:<8} {row['tokens_per_second']:9.1f} {row['ratio']:6.3f}   {'':18}{cpu}"
+        )
+    for title in ("memory", "long_prompt"):
+        print(f"\n{title.replace('_', ' ')}:")
+        for name, value in result[title].items():
+            print(f"  {name:<28} {value:9.1f}")
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="one round with few tokens: that it runs, not how fast"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    workloads = dict.fromkeys(WORKLOADS, 8) if arguments.short else WORKLOADS
+    result = run(1 if arguments.short else arguments.rounds, workloads)
+    show(result)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
