@@ -58,7 +58,6 @@ def show(port: int, grpc_port: int) -> None:
         say(f'asking it to go on from "{PROMPT}"; its weights are random, so what follows is noise:')
         print(flush=True)
         paddock(grpc_port, "run", MODEL, PROMPT)
-        print(flush=True)
         tell_what_next(port, grpc_port)
         server.wait()
     except KeyboardInterrupt:
