@@ -2,9 +2,9 @@
 
     python -m bench [--short] [--json FILE]
 
-For 1, 8 and 32 streams: tokens a second of the engine alone, through gRPC and through the gateway, in turns, with the
-CPU time per token of every process; the memory of the idle server and of a worker; and how evenly streams go on while a
-prompt of 2,000 tokens is taken in.
+For 1, 8 and 32 streams: tokens a second of the engine alone, through gRPC and through the gateway, in turns,
+with the CPU time per token of every process; the memory of the idle server and of a worker; and how evenly
+streams go on while a prompt of 2,000 tokens is taken in.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def kv_cache_bytes() -> int:
 
 
 def long_prompt(bench: Bench) -> dict[str, float]:
-    """Return how streams go on while a long prompt is taken in: gaps between their tokens, in milliseconds."""
+    """Return the gaps between streams' tokens while a long prompt is taken in, in milliseconds."""
     quiet = bench.client.ask(bench.job("gateway", 4, 96))
     second = LineProcess("bench.load")
     try:
@@ -216,9 +216,8 @@ def show(result: dict[str, Any]) -> None:
     )
     for row in result["speed"]:
         cpu = "  ".join(f"{row.get(f'{part}_us', float('nan')):7.0f}" for part in PARTS)
-        print(
-            f"{row['streams']:>7}  {row['path']:<8} {row['tokens_per_second']:9.1f} {row['ratio']:6.3f}   {'':18}{cpu}"
-        )
+        rate = f"{row['tokens_per_second']:9.1f} {row['ratio']:6.3f}"
+        print(f"{row['streams']:>7}  {row['path']:<8} {rate}   {'':18}{cpu}")
     for title in ("memory", "long_prompt"):
         print(f"\n{title.replace('_', ' ')}:")
         for name, value in result[title].items():

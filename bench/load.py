@@ -1,7 +1,7 @@
 """The client side of a measurement, run in a process of its own so that its CPU time is counted apart.
 
-As cheap as a client can be: gRPC responses stay bytes, HTTP responses are searched for the few bytes that matter.
-Run as `python -m bench.load`; one JSON job a line on standard input, one JSON result a line on standard output.
+As cheap as a client can be: gRPC responses stay bytes, HTTP responses are searched for the few bytes that
+matter. Run as `python -m bench.load`; a JSON job a line on standard input, a JSON result a line on its output.
 """
 
 from __future__ import annotations

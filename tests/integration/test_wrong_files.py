@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from paddock.api import ModelManagerApi
+
 GOOD = "noise"
 
 
@@ -34,9 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServerProcess]
 
 
 @pytest.mark.parametrize("name", WRONG_MODELS)
-async def test_a_wrong_file_gives_its_reason_while_another_model_streams(
-    server: ServerProcess, name: str
-) -> None:
+async def test_a_wrong_file_gives_its_reason_while_another_streams(server: ServerProcess, name: str) -> None:
     wrong = WRONG_MODELS[name]
     async with connect(server.grpc_address) as channel:
         api = GrpcApi(channel)
@@ -44,9 +44,7 @@ async def test_a_wrong_file_gives_its_reason_while_another_model_streams(
             while not (await anext(stream)).HasField("deltas"):
                 pass
             with pytest.raises(PaddockError) as caught:
-                async with aclosing(api.load(pb.LoadRequest(model=name))) as responses:
-                    async for _ in responses:
-                        pass
+                await _load(api, name)
             # What was made meanwhile and one step more.
             for _ in range(3):
                 assert (await anext(stream)).HasField("deltas")
@@ -58,6 +56,12 @@ async def test_a_wrong_file_gives_its_reason_while_another_model_streams(
     assert model.last_failure.reason == wrong.reason
     if wrong.reason == Reason.CRASH_LOOP:
         assert model.last_failure.signal
+
+
+async def _load(api: ModelManagerApi, model: str) -> None:
+    async with aclosing(api.load(pb.LoadRequest(model=model))) as responses:
+        async for _ in responses:
+            pass
 
 
 def _endless() -> pb.GenerateRequest:
