@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ class _Heartbeat:
         self._next = now + (_TERMINAL_PERIOD_S if self._in_place else _LOG_PERIOD_S)
         line = f"paddock:   {self._what}: {elapsed(now - self._started)}{' ' if progress else ''}{progress}"
         if self._in_place:
-            print(f"\r\033[K{line[: _terminal_width() - 1]}", end="", flush=True)
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
         else:
             print(line, flush=True)
 
@@ -189,9 +190,3 @@ def _failure(what: str, status: int, log: Path) -> str:
             *(f"    {line}" for line in tail),
         ]
     )
-
-
-def _terminal_width() -> int:
-    with contextlib.suppress(OSError):
-        return max(20, os.get_terminal_size().columns)
-    return 100
