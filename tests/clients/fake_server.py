@@ -9,6 +9,7 @@ that a command line with an event loop of its own can be tested beside it.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
             yield from self._load_progress()
             if request.model == "stuck":
                 self._wait_for_cancel("Load", context)
+                return
             if self.truncate:
                 self.finished.add("Load")
                 return
@@ -169,8 +171,10 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         if request.report_prompt_progress:
             yield pb.GenerateResponse(prompt_progress=pb.PromptProgress(evaluated_tokens=2, total_tokens=3))
         if request.model == "endless":
-            while not self.cancelled["Generate"].wait(0.005):
+            while context.is_active():
                 yield self._deltas(request, "x")
+                time.sleep(0.002)
+            return
         for piece in PIECES:
             yield self._deltas(request, piece)
         yield self._deltas(request, "", finish_reason=generation_pb2.FINISH_REASON_STOP, stop_sequence="!!")

@@ -161,7 +161,7 @@ class Conversation:
                 self._take_turn(line)
 
     def _take_turn(self, question: str) -> None:
-        """Answer one question. What cannot be answered is taken back, what was interrupted stays."""
+        """Answer one question. What got no answer is taken back, half an answer stays."""
         answer: list[str] = []
         messages = [*self._messages, ChatMessage(Role.USER, question)]
         try:
@@ -169,6 +169,8 @@ class Conversation:
         except KeyboardInterrupt:
             write("\n")
             note("Stopped.", style="dim")
+            if not answer:
+                return
         except PaddockError as failure:
             if answer:
                 write("\n")
