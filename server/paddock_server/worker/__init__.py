@@ -1,1 +1,1 @@
-"""One loaded model: the process that computes. Imports only its own files, generated code, llama_cpp and jinja2."""
+"""The process that computes, one per loaded model. It imports nothing of the server."""

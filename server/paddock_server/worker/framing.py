@@ -1,7 +1,7 @@
 """Length-prefixed frames between the server and its workers.
 
-A frame is four bytes of length, big endian, then that many bytes of one serialized protobuf message. Used by the
-worker, by the server and by the fake worker of the tests, so that there is one idea of what a frame is.
+A frame is four bytes of length, big endian, then that many bytes of one serialized protobuf message. Used by
+the worker, by the server and by the fake worker of the tests, so that there is one idea of what a frame is.
 """
 
 from __future__ import annotations

@@ -1,0 +1,188 @@
+"""The worker's threads and what each may do.
+
+main      reads frames and hands them on; stays interruptible, so that SIGTERM ends the process at once
+engine    loads the model, then computes: `schedule -> decode -> sample -> publish`
+prepare   renders and tokenizes requests to generate, in the order they came
+answer    tokenizes for everyone else, so that a long text holds up no generation
+heartbeat says every two seconds that the process lives, also while everything else computes
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+from paddock_server.worker.engine import CancelCommand, Engine
+from paddock_server.worker.errors import Reason, WorkerError
+from paddock_server.worker.framing import MAX_FRAME_BYTES
+from paddock_server.worker.loading import load_model
+from paddock_server.worker.requests import Preparer
+from paddock_server.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from paddock_server.worker.connection import Connection
+    from paddock_server.worker.logs import NativeLog
+
+HEARTBEAT_SECONDS: Final = 2.0
+
+
+class ProtocolError(Exception):
+    """The server sent something the protocol has no place for."""
+
+
+class WorkerProcess:
+    """Everything a worker does once it is connected."""
+
+    def __init__(
+        self, connection: Connection, log: NativeLog, *, exit_process: Callable[[int], None]
+    ) -> None:
+        """Make a worker; `serve` starts it.
+
+        Args:
+            connection: The socket to the server.
+            log: Where llama.cpp's log goes.
+            exit_process: Ends the process at once with an exit code; does not return.
+        """
+        self._connection = connection
+        self._log = log
+        self._exit = exit_process
+        self._load_request: worker_pb2.Load | None = None
+        self._load_abort = threading.Event()
+        self._engine: Engine | None = None
+        self._preparer: Preparer | None = None
+        self._cells = 0
+        self._most_waiting = 0
+        self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[worker_pb2.Call] = queue.SimpleQueue()
+
+    def serve(self) -> None:
+        """Read frames until the server closes the socket. Main thread.
+
+        Raises:
+            ProtocolError: The server broke the protocol.
+            FrameError: The same, in the framing.
+        """
+        _start_thread("heartbeat", self._beat)
+        for frame in self._connection.receive():
+            self._dispatch(frame)
+
+    def _dispatch(self, frame: worker_pb2.ServerFrame) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "start":
+            self._start(frame.start)
+        elif kind == "cancel":
+            self._cancel(frame.cancel.generation)
+        elif kind == "call":
+            self._calls.put(frame.call)
+        elif kind == "load" and self._load_request is None:
+            self._load_request = frame.load
+            _start_thread("engine", self._load_and_compute)
+        elif kind == "abort_load":
+            self._load_abort.set()
+        elif kind == "shutdown":
+            self._exit(0)
+        else:
+            text = f"unexpected frame {kind or 'of an unknown kind'}"
+            raise ProtocolError(text)
+
+    def _start(self, start: worker_pb2.Start) -> None:
+        if self._engine is not None and self._starts.qsize() > self._most_waiting:
+            error = WorkerError(Reason.QUEUE_FULL, "Too many requests wait to be prepared.")
+            self._refuse(start.generation, error)
+        else:
+            self._starts.put((start, perf_counter()))
+
+    def _cancel(self, generation: int) -> None:
+        """Cancel at once what the engine has, and, behind it in the queue, what is still being prepared."""
+        if self._engine is not None:
+            self._engine.cancel(generation)
+        self._starts.put(generation)
+
+    def _load_and_compute(self) -> None:
+        """Body of the engine thread."""
+        request = self._load_request or worker_pb2.Load()
+        try:
+            loaded = load_model(
+                request, log=self._log, report=self._report_progress, aborted=self._load_abort.is_set
+            )
+        except WorkerError as error:
+            self._connection.send(worker_pb2.WorkerFrame(load_failed=error.to_failure()))
+            self._exit(0)
+            return
+        self._preparer = Preparer(loaded)
+        self._cells = loaded.context_size
+        self._most_waiting = loaded.slot_count + loaded.queue_limit
+        engine = self._engine = Engine(loaded, send=self._connection.send)
+        ready = loaded.to_ready(has_chat_template=self._preparer.has_chat_template)
+        self._connection.send(worker_pb2.WorkerFrame(ready=ready))
+        _start_thread("prepare", self._prepare, engine, self._preparer)
+        _start_thread("answer", self._answer, engine, self._preparer)
+        engine.run()
+
+    def _report_progress(self, stage: worker_pb2.LoadStage.ValueType, fraction: float) -> None:
+        progress = worker_pb2.LoadProgress(stage=stage, fraction=fraction)
+        self._connection.send(worker_pb2.WorkerFrame(load_progress=progress))
+
+    def _prepare(self, engine: Engine, preparer: Preparer) -> None:
+        """Body of the prepare thread."""
+        while True:
+            item = self._starts.get()
+            if isinstance(item, int):
+                engine.post(CancelCommand(item))
+                continue
+            start, received_at = item
+            try:
+                prepared = preparer.generation(start.generation, start.request, received_at=received_at)
+            except WorkerError as error:
+                self._refuse(start.generation, error)
+            else:
+                engine.post(prepared)
+
+    def _answer(self, engine: Engine, preparer: Preparer) -> None:
+        """Body of the answer thread."""
+        while True:
+            call = self._calls.get()
+            try:
+                if call.HasField("embed"):
+                    engine.post(preparer.embedding(call.call, call.embed))
+                    continue
+                reply = preparer.answer(call)
+                if reply.ByteSize() > MAX_FRAME_BYTES // 2:
+                    text = f"The answer of {reply.ByteSize()} bytes is too long; ask in parts."
+                    raise WorkerError(Reason.INVALID_FIELD, text, field="text")  # noqa: TRY301
+            except WorkerError as error:
+                reply = worker_pb2.Reply(call=call.call, failed=error.to_failure())
+            self._connection.send(worker_pb2.WorkerFrame(reply=reply))
+
+    def _refuse(self, generation: int, error: WorkerError) -> None:
+        """Answer a generation that the engine never saw."""
+        update = worker_pb2.GenerationUpdate(generation=generation, failed=error.to_failure())
+        self._connection.send(worker_pb2.WorkerFrame(step=worker_pb2.Step(updates=[update])))
+
+    def _beat(self) -> None:
+        """Body of the heartbeat thread."""
+        never = threading.Event()
+        while not never.wait(HEARTBEAT_SECONDS):
+            self._connection.send(worker_pb2.WorkerFrame(heartbeat=self._heartbeat()))
+
+    def _heartbeat(self) -> worker_pb2.Heartbeat:
+        engine = self._engine
+        if engine is None:
+            return worker_pb2.Heartbeat()
+        stats = engine.stats
+        return worker_pb2.Heartbeat(
+            active_sequence_count=stats.active_sequences,
+            queued_request_count=stats.queued_requests,
+            kv_cache_used_tokens=stats.used_cells,
+            kv_cache_total_tokens=self._cells,
+            step_count=stats.steps,
+            step_milliseconds=engine.step_milliseconds,
+        )
+
+
+def _start_thread(name: str, target: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=target, args=args, name=name, daemon=True).start()

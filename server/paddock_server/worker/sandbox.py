@@ -1,0 +1,100 @@
+"""jinja2 as chat templates expect it: like Hugging Face's `apply_chat_template`, with limits on growth."""
+
+from __future__ import annotations
+
+import json
+import operator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+if TYPE_CHECKING:
+    from jinja2 import Template, nodes
+    from jinja2.parser import Parser
+    from jinja2.runtime import Context
+
+__all__ = ["TemplateError", "TemplateSyntaxError", "compile_template"]
+
+MOST_REPEATED: Final = 1024 * 1024
+"""Longest sequence that `*` may make, in elements."""
+
+MOST_EXPONENT: Final = 64
+"""Largest exponent of `**`."""
+
+Value = Any
+"""Whatever a template may hold: JSON values and functions."""
+
+
+def compile_template(source: str) -> Template:
+    """Compile a chat template.
+
+    Raises:
+        TemplateSyntaxError: It is wrong.
+    """
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = to_json
+    functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment.from_string(source, globals=functions)
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what a model was trained on; here it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012  declared by the base class
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox keeps templates from Python's objects; this keeps them from filling memory at a stroke."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Value, right: Value) -> Value:
+        check_growth(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+
+def check_growth(name: str, left: Value, right: Value) -> None:
+    """Refuse a power or a repetition whose result is huge.
+
+    Raises:
+        ValueError: It is.
+    """
+    if name == "**":
+        if not abs(right) <= MOST_EXPONENT:
+            text = f"an exponent over {MOST_EXPONENT}"
+            raise ValueError(text)
+        return
+    for sequence, count in ((left, right), (right, left)):
+        if isinstance(sequence, str | bytes | list | tuple):
+            length = len(sequence)  # pyright: ignore[reportUnknownArgumentType]
+            if operator.index(count) * length > MOST_REPEATED:
+                text = f"a repetition of more than {MOST_REPEATED} elements"
+                raise ValueError(text)
+
+
+def to_json(
+    value: Value,
+    ensure_ascii: bool = False,  # templates pass these by position too
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as templates expect it: no HTML escapes, key order and characters kept."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now(UTC).astimezone().strftime(form)
