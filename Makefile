@@ -37,8 +37,8 @@ tools: setup
 
 lint: setup
 	@echo "paddock: checking style and spelling"
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --check --quiet . || (echo "paddock: error: run \`make fmt\`" >&2; exit 1)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check . || (echo "paddock: error: \`make fmt\` formats them" >&2; exit 1)
 	@$(BIN)/codespell
 
 types: setup
@@ -47,7 +47,7 @@ types: setup
 
 imports: setup
 	@echo "paddock: checking which part imports which"
-	@$(BIN)/lint-imports --no-logo || exit 1
+	@$(BIN)/lint-imports --no-logo
 
 protos: setup
 	@$(BIN)/python scripts/check_protos.py
@@ -64,7 +64,7 @@ fmt: setup ## Format Python and protos, and fix what can be fixed.
 	@$(BIN)/buf format --write
 
 bench: setup ## Measure throughput, latency and memory.
-	@$(BIN)/python -m bench
+	@$(BIN)/python -m bench $(ARGS)
 
 # Keeps pins that still fit; `make lock UPGRADE=1` takes the newest of everything.
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
