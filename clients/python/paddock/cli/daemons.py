@@ -208,10 +208,11 @@ def _extras(command: str, extras: str) -> Generator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("paddock"):
+        package = (error.name or "paddock").partition(".")[0]
+        if package.startswith("paddock"):
             raise  # not a dependency: a bug
         install = f"pip install 'paddock[{extras}]'"
-        output.error(f"`paddock {command}` needs {error.name}, which is not installed: {install}.")
+        output.error(f"`paddock {command}` needs {package}, which is not installed: {install}.")
         raise typer.Exit(ExitCode.FAILED) from error
 
 

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from paddock.cli.app import app
+from paddock.cli.daemons import SERVER_FLAGS
+from paddock.cli.failures import ExitCode
+from paddock_server import app as server_app
+from paddock_server.config import ServerConfig
+from tests.clients.fake_server import WAY_OUT_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from tests.clients.fake_server import FakeServer
+
+WITHOUT = "import sys; sys.modules[{missing!r}] = None; from paddock.cli import main; main()"
+"""A program that cannot import one package."""
+
+
+class Runs:
+    """Stands in for `paddock_server.app.run`: notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.configs: list[ServerConfig] = []
+        self.options: dict[str, Any] = {}
+        self.exit_code = 0
+
+    def __call__(self, config: ServerConfig, **options: Any) -> int:
+        self.configs.append(config)
+        self.options = options
+        return self.exit_code
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    runs = Runs()
+    monkeypatch.setattr(server_app, "run", runs)
+    return runs
+
+
+def paddock(*arguments: str, **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(app, arguments)
+
+
+@pytest.fixture
+def taken_port() -> Generator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_every_setting_of_the_server_is_a_flag() -> None:
+    assert set(SERVER_FLAGS) == set(ServerConfig.model_fields)
+
+
+@pytest.mark.parametrize("command", ["up", "serve"])
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    command: str, runs: Runs, tmp_path: Path
+) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("parallel = 2\nctx_size = 3\nmodels_max = 9\n")
+
+    result = paddock(
+        *(command, "--config", str(file), "--models-dir", str(tmp_path), "--parallel", "6"),
+        *("--no-models-autoload", "--no-reflection", "--state-dir", ""),
+        PADDOCK_PARALLEL="5",
+        PADDOCK_CTX_SIZE="4",
+    )
+
+    (config,) = runs.configs
+    assert (config.parallel, config.ctx_size, config.models_max) == (6, 4, 9)
+    assert (config.models_autoload, config.reflection, config.state_dir) == (False, False, None)
+    assert config.models_dir == (tmp_path.resolve(),)
+    assert config.batch_size == ServerConfig.model_fields["batch_size"].default
+    assert (result.exit_code, result.output) == (ExitCode.OK, "")
+
+
+def test_the_exit_code_of_the_server_is_that_of_the_command(runs: Runs, tmp_path: Path) -> None:
+    runs.exit_code = 1
+
+    assert paddock("serve", "--models-dir", str(tmp_path)).exit_code == 1
+
+
+def test_a_server_without_models_is_worth_a_note(runs: Runs) -> None:
+    result = paddock("serve")
+
+    assert "--models-dir" in result.stderr
+    assert len(runs.configs) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--models-dir", "/nonexistent"), "--models-dir"),
+        (("--parallel", "0"), "--parallel"),
+        (("--log-level", "loud"), "--log-level"),
+        (("--config", "/nonexistent.toml"), "/nonexistent.toml"),
+    ],
+)
+def test_a_wrong_setting_is_a_usage_error_that_names_it(
+    runs: Runs, flags: tuple[str, ...], named: str
+) -> None:
+    result = paddock("serve", *flags)
+
+    assert result.exit_code == ExitCode.USAGE
+    assert result.stderr.startswith("Error: ")
+    assert named in result.stderr
+    assert runs.configs == []
+
+
+async def test_up_puts_the_gateway_beside_the_server(runs: Runs, server: FakeServer, tmp_path: Path) -> None:
+    from paddock.transport import GrpcApi, connect
+
+    await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", "0")
+
+    async with connect(server.target) as channel, runs.options["attach"](GrpcApi(channel)) as gateway:
+        body = await asyncio.to_thread(get, f"{gateway.url}/v1/models")
+    assert "tiny" in [model["id"] for model in body["data"]]
+
+
+async def test_up_says_which_flags_help_when_the_http_port_is_taken(
+    runs: Runs, tmp_path: Path, taken_port: int
+) -> None:
+    await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", str(taken_port))
+
+    with pytest.raises(server_app.StartError, match=r"--host and --port"):
+        async with runs.options["attach"](object()):
+            pytest.fail("listens")
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("up", "uvicorn", "server,gateway"),
+        ("serve", "llama_cpp", "server"),
+        ("gateway", "starlette", "gateway"),
+    ],
+)
+def test_a_missing_extra_is_one_sentence_that_says_how_to_install_it(
+    command: str, missing: str, extra: str
+) -> None:
+    code = WITHOUT.format(missing=missing)
+
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=False)
+
+    assert done.returncode == ExitCode.FAILED
+    install = f"pip install 'paddock[{extra}]'"
+    assert done.stderr == f"Error: `paddock {command}` needs {missing}, which is not installed: {install}.\n"
+
+
+def test_client_commands_need_no_extra(server: FakeServer) -> None:
+    block = "; ".join(
+        f"sys.modules[{name!r}] = None"
+        for name in ("structlog", "pydantic_settings", "psutil", "uvicorn", "starlette", "llama_cpp")
+    )
+    code = f"import sys; {block}; from paddock.cli import main; main()"
+
+    done = subprocess.run([sys.executable, "-c", code, "ls", "--server", server.target], check=False)
+
+    assert done.returncode == ExitCode.OK
+
+
+def test_a_gateway_stands_in_front_of_a_server_until_sigterm(server: FakeServer) -> None:
+    command = [sys.executable, "-m", "paddock", "gateway", "--server", server.target, "--port", "0"]
+    with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert gateway.stderr is not None
+            ready = json.loads(gateway.stderr.readline())
+            assert ready["event"] == "gateway_ready"
+
+            models = get(f"http://{ready['http']}/v1/models")
+            gateway.send_signal(signal.SIGTERM)
+
+            assert "tiny" in [model["id"] for model in models["data"]]
+            assert gateway.wait(WAY_OUT_SECONDS) == ExitCode.OK
+        finally:
+            gateway.kill()
+
+
+def test_a_gateway_whose_port_is_taken_says_so_in_one_line(taken_port: int) -> None:
+    command = [sys.executable, "-m", "paddock", "gateway", "--port", str(taken_port)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == ExitCode.FAILED
+    assert len(done.stderr.splitlines()) == 1
+    assert str(taken_port) in done.stderr
+
+
+def get(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=WAY_OUT_SECONDS) as response:  # noqa: S310  # loopback
+        return json.load(response)
