@@ -35,7 +35,7 @@ LAST_EVENT_SECONDS: Final = 5.0
 class GatewayOptions:
     """Settings of the application."""
 
-    max_body_bytes: int = 64 * 2**20
+    max_body_bytes: int = 32 * 2**20
     """Largest request body. Images travel in it."""
 
     ping_interval_seconds: float = 15.0
@@ -70,7 +70,7 @@ class GatewayApp:
         async def send_identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message["headers"], header]
+                message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
         token = request_id.set(exchange.request_id)

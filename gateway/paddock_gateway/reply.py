@@ -75,11 +75,11 @@ class StreamReply:
             if not encoder.started:
                 return
             await self._send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        if events:
+            await self._write(events)
         if encoder.complete:
             # A client may hang up on reading `[DONE]`: that is no reason to break anything off.
             self._exchange.interrupt.disarm()
-        if events:
-            await self._write(events)
 
     async def keep_alive(self, interval: float) -> float:
         """See `Reply.keep_alive`: a comment after `interval` seconds of silence, once there are headers."""

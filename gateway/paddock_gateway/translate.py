@@ -149,11 +149,6 @@ def _plan(
     limit_name: str,
 ) -> Plan:
     options = request.stream_options
-    names = {"stop.max_tokens": limit_name}
-    if request.repetition_penalty is not None:
-        names["sampling.repetition_penalty"] = "repetition_penalty"
-    if request.grammar is not None:
-        names["constraint"] = "grammar"
     return Plan(
         dialect=dialect,
         model=request.model,
@@ -161,8 +156,21 @@ def _plan(
         choice_count=request.n or 1,
         stream=bool(request.stream),
         include_usage=options is not None and bool(options.include_usage),
-        names=names,
+        names=_names_used(request, limit_name),
     )
+
+
+def _names_used(request: GenerationParameters, limit_name: str) -> dict[str, str]:
+    """Return the names the caller chose for fields that have several."""
+    names = {"stop.max_tokens": limit_name}
+    if request.repetition_penalty is not None:
+        names["sampling.repetition_penalty"] = "repetition_penalty"
+    if request.grammar is not None:
+        names["constraint"] = "grammar"
+    response_format = request.response_format if isinstance(request, ChatRequest) else None
+    if response_format is not None and response_format.type == "json_object":
+        names["constraint.json_schema"] = "response_format.schema"
+    return names
 
 
 def _check_shared(request: GenerationParameters) -> None:

@@ -1,0 +1,3 @@
+"""The gateway against a scripted server: the real OpenAI SDK, real sockets, no model."""
+
+from __future__ import annotations
