@@ -2052,6 +2052,624 @@ func (x *Generated) GetSeed() int64 {
 	return 0
 }
 
+// Request of `GenerateMany`, sent repeatedly.
+type GenerateManyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to do, in order.
+	Commands      []*GenerationCommand `protobuf:"bytes,1,rep,name=commands,proto3" json:"commands,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerateManyRequest) Reset() {
+	*x = GenerateManyRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerateManyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerateManyRequest) ProtoMessage() {}
+
+func (x *GenerateManyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerateManyRequest.ProtoReflect.Descriptor instead.
+func (*GenerateManyRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *GenerateManyRequest) GetCommands() []*GenerationCommand {
+	if x != nil {
+		return x.Commands
+	}
+	return nil
+}
+
+// What to do about one generation of a `GenerateMany`.
+type GenerationCommand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Number of the generation. The caller chooses it; each `start` has a higher
+	// one than all before it on this stream.
+	Number uint64 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// What to do. Exactly one is required.
+	//
+	// Types that are valid to be assigned to Command:
+	//
+	//	*GenerationCommand_Start
+	//	*GenerationCommand_Grant
+	//	*GenerationCommand_Cancel
+	Command       isGenerationCommand_Command `protobuf_oneof:"command"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerationCommand) Reset() {
+	*x = GenerationCommand{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerationCommand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerationCommand) ProtoMessage() {}
+
+func (x *GenerationCommand) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerationCommand.ProtoReflect.Descriptor instead.
+func (*GenerationCommand) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GenerationCommand) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *GenerationCommand) GetCommand() isGenerationCommand_Command {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *GenerationCommand) GetStart() *StartGeneration {
+	if x != nil {
+		if x, ok := x.Command.(*GenerationCommand_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *GenerationCommand) GetGrant() *GrantCredit {
+	if x != nil {
+		if x, ok := x.Command.(*GenerationCommand_Grant); ok {
+			return x.Grant
+		}
+	}
+	return nil
+}
+
+func (x *GenerationCommand) GetCancel() *CancelGeneration {
+	if x != nil {
+		if x, ok := x.Command.(*GenerationCommand_Cancel); ok {
+			return x.Cancel
+		}
+	}
+	return nil
+}
+
+type isGenerationCommand_Command interface {
+	isGenerationCommand_Command()
+}
+
+type GenerationCommand_Start struct {
+	// Begin it.
+	Start *StartGeneration `protobuf:"bytes,2,opt,name=start,proto3,oneof"`
+}
+
+type GenerationCommand_Grant struct {
+	// Take more responses of it. Ignored once it has ended.
+	Grant *GrantCredit `protobuf:"bytes,3,opt,name=grant,proto3,oneof"`
+}
+
+type GenerationCommand_Cancel struct {
+	// Stop it and free its slot. Nothing is answered; events that were under
+	// way may still arrive. Ignored once it has ended.
+	Cancel *CancelGeneration `protobuf:"bytes,4,opt,name=cancel,proto3,oneof"`
+}
+
+func (*GenerationCommand_Start) isGenerationCommand_Command() {}
+
+func (*GenerationCommand_Grant) isGenerationCommand_Command() {}
+
+func (*GenerationCommand_Cancel) isGenerationCommand_Command() {}
+
+// Begins a generation.
+type StartGeneration struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to generate.
+	Request *GenerateRequest `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
+	// Identifier for logs and errors, what `x-request-id` is in the metadata of
+	// `Generate`. The server makes one when it is empty or unfit for a log line.
+	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Responses the caller takes before it has granted more, at least 1.
+	Credit        int32 `protobuf:"varint,3,opt,name=credit,proto3" json:"credit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartGeneration) Reset() {
+	*x = StartGeneration{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartGeneration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartGeneration) ProtoMessage() {}
+
+func (x *StartGeneration) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartGeneration.ProtoReflect.Descriptor instead.
+func (*StartGeneration) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *StartGeneration) GetRequest() *GenerateRequest {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *StartGeneration) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *StartGeneration) GetCredit() int32 {
+	if x != nil {
+		return x.Credit
+	}
+	return 0
+}
+
+// Adds to the responses a caller takes.
+type GrantCredit struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many more, at least 1.
+	Credit        int32 `protobuf:"varint,1,opt,name=credit,proto3" json:"credit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantCredit) Reset() {
+	*x = GrantCredit{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantCredit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantCredit) ProtoMessage() {}
+
+func (x *GrantCredit) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantCredit.ProtoReflect.Descriptor instead.
+func (*GrantCredit) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *GrantCredit) GetCredit() int32 {
+	if x != nil {
+		return x.Credit
+	}
+	return 0
+}
+
+// Stops a generation.
+type CancelGeneration struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelGeneration) Reset() {
+	*x = CancelGeneration{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelGeneration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelGeneration) ProtoMessage() {}
+
+func (x *CancelGeneration) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelGeneration.ProtoReflect.Descriptor instead.
+func (*CancelGeneration) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{29}
+}
+
+// Response of `GenerateMany`, sent repeatedly.
+type GenerateManyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// News, of each generation in order.
+	Events        []*GenerationEvent `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerateManyResponse) Reset() {
+	*x = GenerateManyResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerateManyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerateManyResponse) ProtoMessage() {}
+
+func (x *GenerateManyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerateManyResponse.ProtoReflect.Descriptor instead.
+func (*GenerateManyResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *GenerateManyResponse) GetEvents() []*GenerationEvent {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+// News of one generation of a `GenerateMany`.
+type GenerationEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Number the caller chose.
+	Number uint64 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// What happened. New kinds may be added; skip unknown ones.
+	//
+	// Types that are valid to be assigned to Event:
+	//
+	//	*GenerationEvent_Response
+	//	*GenerationEvent_Failed
+	Event         isGenerationEvent_Event `protobuf_oneof:"event"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerationEvent) Reset() {
+	*x = GenerationEvent{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerationEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerationEvent) ProtoMessage() {}
+
+func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
+func (*GenerationEvent) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *GenerationEvent) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *GenerationEvent) GetEvent() isGenerationEvent_Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *GenerationEvent) GetResponse() *GenerateResponse {
+	if x != nil {
+		if x, ok := x.Event.(*GenerationEvent_Response); ok {
+			return x.Response
+		}
+	}
+	return nil
+}
+
+func (x *GenerationEvent) GetFailed() *GenerationError {
+	if x != nil {
+		if x, ok := x.Event.(*GenerationEvent_Failed); ok {
+			return x.Failed
+		}
+	}
+	return nil
+}
+
+type isGenerationEvent_Event interface {
+	isGenerationEvent_Event()
+}
+
+type GenerationEvent_Response struct {
+	// What `Generate` would have sent. Takes one from the credit. The last one
+	// is `generated`.
+	Response *GenerateResponse `protobuf:"bytes,2,opt,name=response,proto3,oneof"`
+}
+
+type GenerationEvent_Failed struct {
+	// It failed. Always the last event of its number.
+	Failed *GenerationError `protobuf:"bytes,3,opt,name=failed,proto3,oneof"`
+}
+
+func (*GenerationEvent_Response) isGenerationEvent_Event() {}
+
+func (*GenerationEvent_Failed) isGenerationEvent_Event() {}
+
+// How one generation of a `GenerateMany` failed: what the status of `Generate`
+// with its details would say. A message, because a status ends the stream.
+type GenerationError struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Canonical gRPC status code, as in `google.rpc.Status.code`.
+	Code int32 `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
+	// Machine-readable cause, for example `QUEUE_FULL`. Same vocabulary as
+	// `google.rpc.ErrorInfo.reason`.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Sentence for a developer. Not for parsing.
+	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// Values mentioned in `message`, for programs.
+	Metadata map[string]string `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Fields of the request that are wrong.
+	Violations []*FieldViolation `protobuf:"bytes,5,rep,name=violations,proto3" json:"violations,omitempty"`
+	// Name of what was not found. Empty otherwise.
+	Resource string `protobuf:"bytes,6,opt,name=resource,proto3" json:"resource,omitempty"`
+	// When the same request may succeed. Unset when it will not by itself.
+	RetryDelay *durationpb.Duration `protobuf:"bytes,7,opt,name=retry_delay,json=retryDelay,proto3" json:"retry_delay,omitempty"`
+	// Identifier under which the server logged the generation.
+	RequestId     string `protobuf:"bytes,8,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerationError) Reset() {
+	*x = GenerationError{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerationError) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerationError) ProtoMessage() {}
+
+func (x *GenerationError) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerationError.ProtoReflect.Descriptor instead.
+func (*GenerationError) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *GenerationError) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *GenerationError) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *GenerationError) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *GenerationError) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+func (x *GenerationError) GetViolations() []*FieldViolation {
+	if x != nil {
+		return x.Violations
+	}
+	return nil
+}
+
+func (x *GenerationError) GetResource() string {
+	if x != nil {
+		return x.Resource
+	}
+	return ""
+}
+
+func (x *GenerationError) GetRetryDelay() *durationpb.Duration {
+	if x != nil {
+		return x.RetryDelay
+	}
+	return nil
+}
+
+func (x *GenerationError) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// A field of a request that is wrong.
+type FieldViolation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Dotted path in the `GenerateRequest`, for example `sampling.top_p`.
+	Field string `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// What is wrong and what would be right.
+	Description   string `protobuf:"bytes,2,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FieldViolation) Reset() {
+	*x = FieldViolation{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FieldViolation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FieldViolation) ProtoMessage() {}
+
+func (x *FieldViolation) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FieldViolation.ProtoReflect.Descriptor instead.
+func (*FieldViolation) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *FieldViolation) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *FieldViolation) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
 // Request of `Embed`.
 type EmbedRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2069,7 +2687,7 @@ type EmbedRequest struct {
 
 func (x *EmbedRequest) Reset() {
 	*x = EmbedRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2081,7 +2699,7 @@ func (x *EmbedRequest) String() string {
 func (*EmbedRequest) ProtoMessage() {}
 
 func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2094,7 +2712,7 @@ func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
 func (*EmbedRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{25}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *EmbedRequest) GetModel() string {
@@ -2138,7 +2756,7 @@ type EmbedResponse struct {
 
 func (x *EmbedResponse) Reset() {
 	*x = EmbedResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2150,7 +2768,7 @@ func (x *EmbedResponse) String() string {
 func (*EmbedResponse) ProtoMessage() {}
 
 func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2163,7 +2781,7 @@ func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
 func (*EmbedResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{26}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EmbedResponse) GetEmbeddings() []*Embedding {
@@ -2191,7 +2809,7 @@ type Embedding struct {
 
 func (x *Embedding) Reset() {
 	*x = Embedding{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2821,7 @@ func (x *Embedding) String() string {
 func (*Embedding) ProtoMessage() {}
 
 func (x *Embedding) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2834,7 @@ func (x *Embedding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
 func (*Embedding) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{27}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Embedding) GetValues() []float32 {
@@ -2246,7 +2864,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2258,7 +2876,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2271,7 +2889,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{28}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TokenizeRequest) GetModel() string {
@@ -2322,7 +2940,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2952,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2965,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{29}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -2379,7 +2997,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +3009,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +3022,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{30}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DetokenizeRequest) GetModel() string {
@@ -2439,7 +3057,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +3069,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +3082,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{31}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *DetokenizeResponse) GetText() string {
@@ -2489,7 +3107,7 @@ type StreamLogsRequest struct {
 
 func (x *StreamLogsRequest) Reset() {
 	*x = StreamLogsRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +3119,7 @@ func (x *StreamLogsRequest) String() string {
 func (*StreamLogsRequest) ProtoMessage() {}
 
 func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +3132,7 @@ func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamLogsRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{32}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StreamLogsRequest) GetModel() string {
@@ -2552,7 +3170,7 @@ type StreamLogsResponse struct {
 
 func (x *StreamLogsResponse) Reset() {
 	*x = StreamLogsResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +3182,7 @@ func (x *StreamLogsResponse) String() string {
 func (*StreamLogsResponse) ProtoMessage() {}
 
 func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +3195,7 @@ func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamLogsResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{33}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StreamLogsResponse) GetLines() []*LogLine {
@@ -2612,7 +3230,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +3242,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +3255,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{34}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *LogLine) GetReadTime() *timestamppb.Timestamp {
@@ -2681,7 +3299,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2693,7 +3311,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2706,7 +3324,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{35}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DownloadRequest) GetModel() string {
@@ -2739,7 +3357,7 @@ type DownloadResponse struct {
 
 func (x *DownloadResponse) Reset() {
 	*x = DownloadResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2751,7 +3369,7 @@ func (x *DownloadResponse) String() string {
 func (*DownloadResponse) ProtoMessage() {}
 
 func (x *DownloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2764,7 +3382,7 @@ func (x *DownloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadResponse.ProtoReflect.Descriptor instead.
 func (*DownloadResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{36}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DownloadResponse) GetEvent() isDownloadResponse_Event {
@@ -2823,7 +3441,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2835,7 +3453,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2848,7 +3466,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{37}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DeleteRequest) GetModel() string {
@@ -2876,7 +3494,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2888,7 +3506,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2901,7 +3519,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{38}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DeleteResponse) GetFreedBytes() int64 {
@@ -2920,7 +3538,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2932,7 +3550,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2945,7 +3563,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{39}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
 }
 
 // Response of `GetServerInfo`.
@@ -2968,7 +3586,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2980,7 +3598,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2993,7 +3611,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{40}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -3046,7 +3664,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3058,7 +3676,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3071,7 +3689,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{41}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -3211,7 +3829,49 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\tGenerated\x12'\n" +
 	"\x05usage\x18\x01 \x01(\v2\x11.paddock.v1.UsageR\x05usage\x12-\n" +
 	"\atimings\x18\x02 \x01(\v2\x13.paddock.v1.TimingsR\atimings\x12\x12\n" +
-	"\x04seed\x18\x03 \x01(\x03R\x04seed\"\x9d\x01\n" +
+	"\x04seed\x18\x03 \x01(\x03R\x04seed\"P\n" +
+	"\x13GenerateManyRequest\x129\n" +
+	"\bcommands\x18\x01 \x03(\v2\x1d.paddock.v1.GenerationCommandR\bcommands\"\xd4\x01\n" +
+	"\x11GenerationCommand\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x123\n" +
+	"\x05start\x18\x02 \x01(\v2\x1b.paddock.v1.StartGenerationH\x00R\x05start\x12/\n" +
+	"\x05grant\x18\x03 \x01(\v2\x17.paddock.v1.GrantCreditH\x00R\x05grant\x126\n" +
+	"\x06cancel\x18\x04 \x01(\v2\x1c.paddock.v1.CancelGenerationH\x00R\x06cancelB\t\n" +
+	"\acommand\"\x7f\n" +
+	"\x0fStartGeneration\x125\n" +
+	"\arequest\x18\x01 \x01(\v2\x1b.paddock.v1.GenerateRequestR\arequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\x12\x16\n" +
+	"\x06credit\x18\x03 \x01(\x05R\x06credit\"%\n" +
+	"\vGrantCredit\x12\x16\n" +
+	"\x06credit\x18\x01 \x01(\x05R\x06credit\"\x12\n" +
+	"\x10CancelGeneration\"K\n" +
+	"\x14GenerateManyResponse\x123\n" +
+	"\x06events\x18\x01 \x03(\v2\x1b.paddock.v1.GenerationEventR\x06events\"\xa5\x01\n" +
+	"\x0fGenerationEvent\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12:\n" +
+	"\bresponse\x18\x02 \x01(\v2\x1c.paddock.v1.GenerateResponseH\x00R\bresponse\x125\n" +
+	"\x06failed\x18\x03 \x01(\v2\x1b.paddock.v1.GenerationErrorH\x00R\x06failedB\a\n" +
+	"\x05event\"\x8e\x03\n" +
+	"\x0fGenerationError\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12E\n" +
+	"\bmetadata\x18\x04 \x03(\v2).paddock.v1.GenerationError.MetadataEntryR\bmetadata\x12:\n" +
+	"\n" +
+	"violations\x18\x05 \x03(\v2\x1a.paddock.v1.FieldViolationR\n" +
+	"violations\x12\x1a\n" +
+	"\bresource\x18\x06 \x01(\tR\bresource\x12:\n" +
+	"\vretry_delay\x18\a \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"retryDelay\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\b \x01(\tR\trequestId\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"H\n" +
+	"\x0eFieldViolation\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x12 \n" +
+	"\vdescription\x18\x02 \x01(\tR\vdescription\"\x9d\x01\n" +
 	"\fEmbedRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x14\n" +
 	"\x05texts\x18\x02 \x03(\tR\x05texts\x12\x1c\n" +
@@ -3303,14 +3963,15 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xa2\a\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xf9\a\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
 	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12>\n" +
 	"\x04List\x12\x17.paddock.v1.ListRequest\x1a\x18.paddock.v1.ListResponse\"\x03\x90\x02\x01\x12;\n" +
 	"\x03Get\x12\x16.paddock.v1.GetRequest\x1a\x17.paddock.v1.GetResponse\"\x03\x90\x02\x01\x12>\n" +
 	"\x05Watch\x12\x18.paddock.v1.WatchRequest\x1a\x19.paddock.v1.WatchResponse0\x01\x12G\n" +
-	"\bGenerate\x12\x1b.paddock.v1.GenerateRequest\x1a\x1c.paddock.v1.GenerateResponse0\x01\x12<\n" +
+	"\bGenerate\x12\x1b.paddock.v1.GenerateRequest\x1a\x1c.paddock.v1.GenerateResponse0\x01\x12U\n" +
+	"\fGenerateMany\x12\x1f.paddock.v1.GenerateManyRequest\x1a .paddock.v1.GenerateManyResponse(\x010\x01\x12<\n" +
 	"\x05Embed\x12\x18.paddock.v1.EmbedRequest\x1a\x19.paddock.v1.EmbedResponse\x12J\n" +
 	"\bTokenize\x12\x1b.paddock.v1.TokenizeRequest\x1a\x1c.paddock.v1.TokenizeResponse\"\x03\x90\x02\x01\x12P\n" +
 	"\n" +
@@ -3337,7 +3998,7 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                    // 0: paddock.v1.Stage
 	(LoadConflictPolicy)(0),       // 1: paddock.v1.LoadConflictPolicy
@@ -3368,123 +4029,146 @@ var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(*Deltas)(nil),                // 26: paddock.v1.Deltas
 	(*Started)(nil),               // 27: paddock.v1.Started
 	(*Generated)(nil),             // 28: paddock.v1.Generated
-	(*EmbedRequest)(nil),          // 29: paddock.v1.EmbedRequest
-	(*EmbedResponse)(nil),         // 30: paddock.v1.EmbedResponse
-	(*Embedding)(nil),             // 31: paddock.v1.Embedding
-	(*TokenizeRequest)(nil),       // 32: paddock.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),      // 33: paddock.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),     // 34: paddock.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),    // 35: paddock.v1.DetokenizeResponse
-	(*StreamLogsRequest)(nil),     // 36: paddock.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),    // 37: paddock.v1.StreamLogsResponse
-	(*LogLine)(nil),               // 38: paddock.v1.LogLine
-	(*DownloadRequest)(nil),       // 39: paddock.v1.DownloadRequest
-	(*DownloadResponse)(nil),      // 40: paddock.v1.DownloadResponse
-	(*DeleteRequest)(nil),         // 41: paddock.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 42: paddock.v1.DeleteResponse
-	(*GetServerInfoRequest)(nil),  // 43: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil), // 44: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                // 45: paddock.v1.Device
-	(*ModelSource)(nil),           // 46: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),        // 47: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),   // 48: google.protobuf.Duration
-	(*Model)(nil),                 // 49: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil), // 50: google.protobuf.Timestamp
-	(*Failure)(nil),               // 51: paddock.v1.Failure
-	(ModelState)(0),               // 52: paddock.v1.ModelState
-	(*ChatInput)(nil),             // 53: paddock.v1.ChatInput
-	(*TokenInput)(nil),            // 54: paddock.v1.TokenInput
-	(*SamplingParams)(nil),        // 55: paddock.v1.SamplingParams
-	(*StopParams)(nil),            // 56: paddock.v1.StopParams
-	(*OutputConstraint)(nil),      // 57: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),         // 58: paddock.v1.LogprobParams
-	(*Delta)(nil),                 // 59: paddock.v1.Delta
-	(*Usage)(nil),                 // 60: paddock.v1.Usage
-	(*Timings)(nil),               // 61: paddock.v1.Timings
+	(*GenerateManyRequest)(nil),   // 29: paddock.v1.GenerateManyRequest
+	(*GenerationCommand)(nil),     // 30: paddock.v1.GenerationCommand
+	(*StartGeneration)(nil),       // 31: paddock.v1.StartGeneration
+	(*GrantCredit)(nil),           // 32: paddock.v1.GrantCredit
+	(*CancelGeneration)(nil),      // 33: paddock.v1.CancelGeneration
+	(*GenerateManyResponse)(nil),  // 34: paddock.v1.GenerateManyResponse
+	(*GenerationEvent)(nil),       // 35: paddock.v1.GenerationEvent
+	(*GenerationError)(nil),       // 36: paddock.v1.GenerationError
+	(*FieldViolation)(nil),        // 37: paddock.v1.FieldViolation
+	(*EmbedRequest)(nil),          // 38: paddock.v1.EmbedRequest
+	(*EmbedResponse)(nil),         // 39: paddock.v1.EmbedResponse
+	(*Embedding)(nil),             // 40: paddock.v1.Embedding
+	(*TokenizeRequest)(nil),       // 41: paddock.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),      // 42: paddock.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),     // 43: paddock.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),    // 44: paddock.v1.DetokenizeResponse
+	(*StreamLogsRequest)(nil),     // 45: paddock.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),    // 46: paddock.v1.StreamLogsResponse
+	(*LogLine)(nil),               // 47: paddock.v1.LogLine
+	(*DownloadRequest)(nil),       // 48: paddock.v1.DownloadRequest
+	(*DownloadResponse)(nil),      // 49: paddock.v1.DownloadResponse
+	(*DeleteRequest)(nil),         // 50: paddock.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 51: paddock.v1.DeleteResponse
+	(*GetServerInfoRequest)(nil),  // 52: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil), // 53: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                // 54: paddock.v1.Device
+	nil,                           // 55: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),           // 56: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),        // 57: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),   // 58: google.protobuf.Duration
+	(*Model)(nil),                 // 59: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
+	(*Failure)(nil),               // 61: paddock.v1.Failure
+	(ModelState)(0),               // 62: paddock.v1.ModelState
+	(*ChatInput)(nil),             // 63: paddock.v1.ChatInput
+	(*TokenInput)(nil),            // 64: paddock.v1.TokenInput
+	(*SamplingParams)(nil),        // 65: paddock.v1.SamplingParams
+	(*StopParams)(nil),            // 66: paddock.v1.StopParams
+	(*OutputConstraint)(nil),      // 67: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),         // 68: paddock.v1.LogprobParams
+	(*Delta)(nil),                 // 69: paddock.v1.Delta
+	(*Usage)(nil),                 // 70: paddock.v1.Usage
+	(*Timings)(nil),               // 71: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	46, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	47, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	56, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	57, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	1,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	48, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	58, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
 	7,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
 	6,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	49, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	48, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	59, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	58, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	50, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	60, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
 	9,  // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
 	10, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
 	11, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	48, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	51, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	58, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	61, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
 	2,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	48, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	49, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	52, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	49, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	49, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	58, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	59, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	62, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	59, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	59, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
 	20, // 22: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
 	21, // 23: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
 	22, // 24: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	49, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	52, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	53, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	54, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	55, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	56, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	57, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	58, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	59, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	62, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	63, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	64, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	65, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	66, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	67, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	68, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
 	3,  // 33: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
 	27, // 34: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
 	26, // 35: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
 	28, // 36: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
 	25, // 37: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	59, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	60, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	61, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
-	3,  // 41: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	31, // 42: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	60, // 43: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
-	38, // 44: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	50, // 45: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	46, // 46: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
-	7,  // 47: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	49, // 48: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	50, // 49: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	45, // 50: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	4,  // 51: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	12, // 52: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	14, // 53: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	16, // 54: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	18, // 55: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	23, // 56: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	29, // 57: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	32, // 58: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	34, // 59: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	36, // 60: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	39, // 61: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	41, // 62: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	43, // 63: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	5,  // 64: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	13, // 65: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	15, // 66: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	17, // 67: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	19, // 68: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	24, // 69: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	30, // 70: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	33, // 71: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	35, // 72: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	37, // 73: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	40, // 74: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	42, // 75: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	44, // 76: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	64, // [64:77] is the sub-list for method output_type
-	51, // [51:64] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	69, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	70, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	71, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	30, // 41: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
+	31, // 42: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
+	32, // 43: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
+	33, // 44: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
+	23, // 45: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
+	35, // 46: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
+	24, // 47: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
+	36, // 48: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
+	55, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	37, // 50: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
+	58, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	3,  // 52: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	40, // 53: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
+	70, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	47, // 55: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
+	60, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	56, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	7,  // 58: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	59, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	60, // 60: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	54, // 61: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	4,  // 62: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	12, // 63: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	14, // 64: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	16, // 65: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	18, // 66: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	23, // 67: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	29, // 68: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	38, // 69: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	41, // 70: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	43, // 71: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	45, // 72: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	48, // 73: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	50, // 74: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	52, // 75: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	5,  // 76: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	13, // 77: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	15, // 78: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	17, // 79: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	19, // 80: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	24, // 81: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	34, // 82: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	39, // 83: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	42, // 84: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	44, // 85: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	46, // 86: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	49, // 87: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	51, // 88: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	53, // 89: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	76, // [76:90] is the sub-list for method output_type
+	62, // [62:76] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -3521,7 +4205,16 @@ func file_paddock_v1_model_manager_proto_init() {
 		(*GenerateResponse_Generated)(nil),
 		(*GenerateResponse_PromptProgress)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[36].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[26].OneofWrappers = []any{
+		(*GenerationCommand_Start)(nil),
+		(*GenerationCommand_Grant)(nil),
+		(*GenerationCommand_Cancel)(nil),
+	}
+	file_paddock_v1_model_manager_proto_msgTypes[31].OneofWrappers = []any{
+		(*GenerationEvent_Response)(nil),
+		(*GenerationEvent_Failed)(nil),
+	}
+	file_paddock_v1_model_manager_proto_msgTypes[45].OneofWrappers = []any{
 		(*DownloadResponse_Progress)(nil),
 		(*DownloadResponse_Downloaded)(nil),
 	}
@@ -3531,7 +4224,7 @@ func file_paddock_v1_model_manager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   42,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

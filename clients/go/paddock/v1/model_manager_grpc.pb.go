@@ -25,6 +25,7 @@ const (
 	ModelManager_Get_FullMethodName           = "/paddock.v1.ModelManager/Get"
 	ModelManager_Watch_FullMethodName         = "/paddock.v1.ModelManager/Watch"
 	ModelManager_Generate_FullMethodName      = "/paddock.v1.ModelManager/Generate"
+	ModelManager_GenerateMany_FullMethodName  = "/paddock.v1.ModelManager/GenerateMany"
 	ModelManager_Embed_FullMethodName         = "/paddock.v1.ModelManager/Embed"
 	ModelManager_Tokenize_FullMethodName      = "/paddock.v1.ModelManager/Tokenize"
 	ModelManager_Detokenize_FullMethodName    = "/paddock.v1.ModelManager/Detokenize"
@@ -84,6 +85,30 @@ type ModelManagerClient interface {
 	// number of `deltas`, `generated`. Cancelling the call stops generation and
 	// frees the slot.
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
+	// Runs many generations over one stream: what `Generate` does, for a caller
+	// that has so many that a message per token and generation is too dear, such
+	// as a gateway. One message carries the news of all of them that came
+	// together, for example those of one engine step.
+	//
+	// The caller starts generations under numbers it chooses, and may have
+	// thousands at once. The events of one number follow
+	// `started prompt_progress* deltas* generated`, or end with `failed` at any
+	// point; events of different numbers come in any order. `failed` ends its
+	// generation alone.
+	//
+	// One stream has no flow control per generation, so each has a credit: the
+	// responses the caller is ready to take. At zero the server stops reading
+	// that generation, which goes on meanwhile; what it makes arrives in fewer and
+	// larger responses once credit has been granted. `failed` needs no credit.
+	//
+	// When the caller half-closes or cancels, or the stream breaks, all that runs
+	// on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+	// that makes no sense, a bug of the caller; `UNAVAILABLE` with
+	// `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+	//
+	// Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+	// `QUEUE_FULL` too many on one stream.
+	GenerateMany(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[GenerateManyRequest, GenerateManyResponse], error)
 	// Computes embeddings.
 	Embed(ctx context.Context, in *EmbedRequest, opts ...grpc.CallOption) (*EmbedResponse, error)
 	// Converts text to token ids.
@@ -205,6 +230,19 @@ func (c *modelManagerClient) Generate(ctx context.Context, in *GenerateRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ModelManager_GenerateClient = grpc.ServerStreamingClient[GenerateResponse]
 
+func (c *modelManagerClient) GenerateMany(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[GenerateManyRequest, GenerateManyResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ModelManager_ServiceDesc.Streams[3], ModelManager_GenerateMany_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[GenerateManyRequest, GenerateManyResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ModelManager_GenerateManyClient = grpc.BidiStreamingClient[GenerateManyRequest, GenerateManyResponse]
+
 func (c *modelManagerClient) Embed(ctx context.Context, in *EmbedRequest, opts ...grpc.CallOption) (*EmbedResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EmbedResponse)
@@ -237,7 +275,7 @@ func (c *modelManagerClient) Detokenize(ctx context.Context, in *DetokenizeReque
 
 func (c *modelManagerClient) StreamLogs(ctx context.Context, in *StreamLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamLogsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &ModelManager_ServiceDesc.Streams[3], ModelManager_StreamLogs_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &ModelManager_ServiceDesc.Streams[4], ModelManager_StreamLogs_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -256,7 +294,7 @@ type ModelManager_StreamLogsClient = grpc.ServerStreamingClient[StreamLogsRespon
 
 func (c *modelManagerClient) Download(ctx context.Context, in *DownloadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &ModelManager_ServiceDesc.Streams[4], ModelManager_Download_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &ModelManager_ServiceDesc.Streams[5], ModelManager_Download_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -343,6 +381,30 @@ type ModelManagerServer interface {
 	// number of `deltas`, `generated`. Cancelling the call stops generation and
 	// frees the slot.
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
+	// Runs many generations over one stream: what `Generate` does, for a caller
+	// that has so many that a message per token and generation is too dear, such
+	// as a gateway. One message carries the news of all of them that came
+	// together, for example those of one engine step.
+	//
+	// The caller starts generations under numbers it chooses, and may have
+	// thousands at once. The events of one number follow
+	// `started prompt_progress* deltas* generated`, or end with `failed` at any
+	// point; events of different numbers come in any order. `failed` ends its
+	// generation alone.
+	//
+	// One stream has no flow control per generation, so each has a credit: the
+	// responses the caller is ready to take. At zero the server stops reading
+	// that generation, which goes on meanwhile; what it makes arrives in fewer and
+	// larger responses once credit has been granted. `failed` needs no credit.
+	//
+	// When the caller half-closes or cancels, or the stream breaks, all that runs
+	// on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+	// that makes no sense, a bug of the caller; `UNAVAILABLE` with
+	// `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+	//
+	// Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+	// `QUEUE_FULL` too many on one stream.
+	GenerateMany(grpc.BidiStreamingServer[GenerateManyRequest, GenerateManyResponse]) error
 	// Computes embeddings.
 	Embed(context.Context, *EmbedRequest) (*EmbedResponse, error)
 	// Converts text to token ids.
@@ -394,6 +456,9 @@ func (UnimplementedModelManagerServer) Watch(*WatchRequest, grpc.ServerStreaming
 }
 func (UnimplementedModelManagerServer) Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error {
 	return status.Error(codes.Unimplemented, "method Generate not implemented")
+}
+func (UnimplementedModelManagerServer) GenerateMany(grpc.BidiStreamingServer[GenerateManyRequest, GenerateManyResponse]) error {
+	return status.Error(codes.Unimplemented, "method GenerateMany not implemented")
 }
 func (UnimplementedModelManagerServer) Embed(context.Context, *EmbedRequest) (*EmbedResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Embed not implemented")
@@ -523,6 +588,13 @@ func _ModelManager_Generate_Handler(srv interface{}, stream grpc.ServerStream) e
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ModelManager_GenerateServer = grpc.ServerStreamingServer[GenerateResponse]
+
+func _ModelManager_GenerateMany_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ModelManagerServer).GenerateMany(&grpc.GenericServerStream[GenerateManyRequest, GenerateManyResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ModelManager_GenerateManyServer = grpc.BidiStreamingServer[GenerateManyRequest, GenerateManyResponse]
 
 func _ModelManager_Embed_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(EmbedRequest)
@@ -691,6 +763,12 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "Generate",
 			Handler:       _ModelManager_Generate_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "GenerateMany",
+			Handler:       _ModelManager_GenerateMany_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 		{
 			StreamName:    "StreamLogs",
