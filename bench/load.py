@@ -1,7 +1,7 @@
 """The client side of a measurement, run in a process of its own so that its CPU time is counted apart.
 
 As cheap as a client can be: gRPC responses stay bytes, HTTP responses are searched for the few bytes that
-matter. Run as `python -m bench.load`; a JSON job a line on standard input, a JSON result a line on its output.
+matter. Run as `python -m bench.load`: a JSON job a line on its input, a JSON result a line on its output.
 """
 
 from __future__ import annotations

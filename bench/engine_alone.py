@@ -1,0 +1,90 @@
+"""The worker's engine loop with nothing around it: no server, no socket, nobody who listens.
+
+Run as `python -m bench.engine_alone MODEL SLOTS CONTEXT`: a JSON job (`bench.load.Job`) a line on its input, a
+JSON result a line on its output. Prompts, tokens and steps are those the server's worker gets.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from bench.load import Job, prompt
+from paddock.v1 import generation_pb2, model_manager_pb2
+from paddock_server.worker import llama
+from paddock_server.worker.engine import Engine
+from paddock_server.worker.loading import load_model
+from paddock_server.worker.logs import NativeLog
+from paddock_server.worker.requests import Preparer
+from paddock_server.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from paddock_server.worker.loading import LoadedModel
+
+
+class EngineAlone:
+    """A loaded model whose engine is driven by the caller."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._preparer = Preparer(loaded)
+        self._engine = Engine(loaded, send=self._count)
+        self._tokens = 0
+        self._number = 0
+
+    def run(self, job: Job) -> dict[str, float]:
+        """Run a job to its end."""
+        self._tokens = 0
+        cpu, begin = _cpu_seconds(), time.perf_counter()
+        for stream in range(job.streams):
+            self._number += 1
+            request = model_manager_pb2.GenerateRequest(
+                tokens=generation_pb2.TokenInput(token_ids=prompt(job, stream)),
+                sampling=generation_pb2.SamplingParams(temperature=0),
+                stop=generation_pb2.StopParams(max_tokens=job.max_tokens, ignore_eos=True),
+            )
+            self._engine.submit(self._preparer.generation(self._number, request))
+        while not self._engine.idle:
+            self._engine.step()
+        wall = time.perf_counter() - begin
+        if self._tokens != job.streams * job.max_tokens:
+            message = f"made {self._tokens} of {job.streams * job.max_tokens} tokens"
+            raise RuntimeError(message)
+        return {"wall_seconds": wall, "cpu_seconds": _cpu_seconds() - cpu, "completion_tokens": self._tokens}
+
+    def _count(self, frame: worker_pb2.WorkerFrame) -> None:
+        self._tokens += sum(
+            delta.token_count for update in frame.step.updates for delta in update.deltas.deltas
+        )
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    """Load the model and run jobs until standard input ends."""
+    path, slots, context = sys.argv[1:4]
+    log = NativeLog()
+    log.install()
+    llama.init_backend()
+    request = worker_pb2.Load(
+        model_path=path,
+        context_size_tokens=int(context),
+        gpu_layer_count=-1,
+        slot_count=int(slots),
+        batch_size_tokens=512,
+        queue_limit=128,
+        target_step_milliseconds=50,
+    )
+    engine = EngineAlone(load_model(request, log=log))
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(engine.run(Job(**json.loads(line)))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
