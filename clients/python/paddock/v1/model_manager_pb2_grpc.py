@@ -74,6 +74,11 @@ class ModelManagerStub(object):
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=paddock_dot_v1_dot_model__manager__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/paddock.v1.ModelManager/GenerateMany',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/paddock.v1.ModelManager/Embed',
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.EmbedRequest.SerializeToString,
@@ -189,6 +194,35 @@ class ModelManagerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request_iterator, context):
+        """Runs many generations over one stream: what `Generate` does, for a caller
+        that has so many that a message per token and generation is too dear, such
+        as a gateway. One message carries the news of all of them that came
+        together, for example those of one engine step.
+
+        The caller starts generations under numbers it chooses, and may have
+        thousands at once. The events of one number follow
+        `started prompt_progress* deltas* generated`, or end with `failed` at any
+        point; events of different numbers come in any order. `failed` ends its
+        generation alone.
+
+        One stream has no flow control per generation, so each has a credit: the
+        responses the caller is ready to take. At zero the server stops reading
+        that generation, which goes on meanwhile; what it makes arrives in fewer and
+        larger responses once credit has been granted. `failed` needs no credit.
+
+        When the caller half-closes or cancels, or the stream breaks, all that runs
+        on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+        that makes no sense, a bug of the caller; `UNAVAILABLE` with
+        `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+
+        Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+        `QUEUE_FULL` too many on one stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Embed(self, request, context):
         """Computes embeddings.
         """
@@ -280,6 +314,11 @@ def add_ModelManagerServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.GenerateRequest.FromString,
                     response_serializer=paddock_dot_v1_dot_model__manager__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.GenerateManyRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.GenerateManyResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -489,6 +528,33 @@ class ModelManager(object):
             '/paddock.v1.ModelManager/Generate',
             paddock_dot_v1_dot_model__manager__pb2.GenerateRequest.SerializeToString,
             paddock_dot_v1_dot_model__manager__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/paddock.v1.ModelManager/GenerateMany',
+            paddock_dot_v1_dot_model__manager__pb2.GenerateManyRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -82,6 +82,31 @@ class ModelManagerStub:
     number of `deltas`, `generated`. Cancelling the call stops generation and
     frees the slot.
     """
+    GenerateMany: _grpc.StreamStreamMultiCallable[_model_manager_pb2.GenerateManyRequest, _model_manager_pb2.GenerateManyResponse]
+    """Runs many generations over one stream: what `Generate` does, for a caller
+    that has so many that a message per token and generation is too dear, such
+    as a gateway. One message carries the news of all of them that came
+    together, for example those of one engine step.
+
+    The caller starts generations under numbers it chooses, and may have
+    thousands at once. The events of one number follow
+    `started prompt_progress* deltas* generated`, or end with `failed` at any
+    point; events of different numbers come in any order. `failed` ends its
+    generation alone.
+
+    One stream has no flow control per generation, so each has a credit: the
+    responses the caller is ready to take. At zero the server stops reading
+    that generation, which goes on meanwhile; what it makes arrives in fewer and
+    larger responses once credit has been granted. `failed` needs no credit.
+
+    When the caller half-closes or cancels, or the stream breaks, all that runs
+    on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+    that makes no sense, a bug of the caller; `UNAVAILABLE` with
+    `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+
+    Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+    `QUEUE_FULL` too many on one stream.
+    """
     Embed: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.EmbedRequest, _model_manager_pb2.EmbedResponse]
     """Computes embeddings."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.TokenizeRequest, _model_manager_pb2.TokenizeResponse]
@@ -163,6 +188,31 @@ class ModelManagerAsyncStub(ModelManagerStub):
     The order is `started`, any number of `prompt_progress` when asked for, any
     number of `deltas`, `generated`. Cancelling the call stops generation and
     frees the slot.
+    """
+    GenerateMany: _aio.StreamStreamMultiCallable[_model_manager_pb2.GenerateManyRequest, _model_manager_pb2.GenerateManyResponse]  # type: ignore[assignment]
+    """Runs many generations over one stream: what `Generate` does, for a caller
+    that has so many that a message per token and generation is too dear, such
+    as a gateway. One message carries the news of all of them that came
+    together, for example those of one engine step.
+
+    The caller starts generations under numbers it chooses, and may have
+    thousands at once. The events of one number follow
+    `started prompt_progress* deltas* generated`, or end with `failed` at any
+    point; events of different numbers come in any order. `failed` ends its
+    generation alone.
+
+    One stream has no flow control per generation, so each has a credit: the
+    responses the caller is ready to take. At zero the server stops reading
+    that generation, which goes on meanwhile; what it makes arrives in fewer and
+    larger responses once credit has been granted. `failed` needs no credit.
+
+    When the caller half-closes or cancels, or the stream breaks, all that runs
+    on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+    that makes no sense, a bug of the caller; `UNAVAILABLE` with
+    `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+
+    Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+    `QUEUE_FULL` too many on one stream.
     """
     Embed: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.EmbedRequest, _model_manager_pb2.EmbedResponse]  # type: ignore[assignment]
     """Computes embeddings."""
@@ -278,6 +328,37 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         The order is `started`, any number of `prompt_progress` when asked for, any
         number of `deltas`, `generated`. Cancelling the call stops generation and
         frees the slot.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_model_manager_pb2.GenerateManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_manager_pb2.GenerateManyResponse], _abc.AsyncIterator[_model_manager_pb2.GenerateManyResponse]]:
+        """Runs many generations over one stream: what `Generate` does, for a caller
+        that has so many that a message per token and generation is too dear, such
+        as a gateway. One message carries the news of all of them that came
+        together, for example those of one engine step.
+
+        The caller starts generations under numbers it chooses, and may have
+        thousands at once. The events of one number follow
+        `started prompt_progress* deltas* generated`, or end with `failed` at any
+        point; events of different numbers come in any order. `failed` ends its
+        generation alone.
+
+        One stream has no flow control per generation, so each has a credit: the
+        responses the caller is ready to take. At zero the server stops reading
+        that generation, which goes on meanwhile; what it makes arrives in fewer and
+        larger responses once credit has been granted. `failed` needs no credit.
+
+        When the caller half-closes or cancels, or the stream breaks, all that runs
+        on it is stopped. A status ends all of it too: `INVALID_ARGUMENT` a command
+        that makes no sense, a bug of the caller; `UNAVAILABLE` with
+        `SHUTTING_DOWN`, sent once nothing runs on the stream any more.
+
+        Common errors of one generation: those of `Generate`; `UNAVAILABLE` with
+        `QUEUE_FULL` too many on one stream.
         """
 
     @_abc_1.abstractmethod
