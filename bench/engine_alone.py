@@ -1,7 +1,7 @@
 """The worker's engine loop with nothing around it: no server, no socket, nobody who listens.
 
-Run as `python -m bench.engine_alone MODEL SLOTS CONTEXT`: a JSON job (`bench.load.Job`) a line on its input, a
-JSON result a line on its output. Prompts, tokens and steps are those the server's worker gets.
+Run as `python -m bench.engine_alone MODEL SLOTS CONTEXT`: a job (`bench.load.Job`) as a line of JSON in, a
+result as a line of JSON out. Prompts, tokens and steps are those the server's worker gets.
 """
 
 from __future__ import annotations
