@@ -17,6 +17,8 @@ Fault = Literal[
     "not_a_message",  # a frame that is not protobuf
     "empty_frame",
     "second_hello",
+    "ready",  # once more
+    "load_progress",  # once more
     "unknown_generation",
     "unknown_call",
     "close_connection",  # and live on

@@ -199,6 +199,10 @@ class FakeWorker:
             case "second_hello":
                 hello = worker_pb2.Hello(protocol_version=PROTOCOL_VERSION, instance_id=self._instance_id)
                 self._send(worker_pb2.WorkerFrame(hello=hello))
+            case "ready":
+                self._send(worker_pb2.WorkerFrame(ready=worker_pb2.Ready()))
+            case "load_progress":
+                self._progress(worker_pb2.LOAD_STAGE_WEIGHTS, 0.5)
             case "unknown_generation":
                 update = worker_pb2.GenerationUpdate(generation=1 << 40)
                 self._send(worker_pb2.WorkerFrame(step=worker_pb2.Step(updates=[update])))

@@ -261,6 +261,8 @@ class Connection(asyncio.Protocol):
             raise make_error(Reason.INVALID_FIELD, message, metadata={"model": self._model_id}) from error
 
     def _break(self, what: str) -> None:
+        """Read no more. The socket stays open until the worker is dead: it would take its end for a stop."""
         if not self.closed.done():
             self.closed.set_result(what)
-        self.close()
+            if self._transport is not None:
+                self._transport.pause_reading()

@@ -204,7 +204,7 @@ class Worker:
             self._connection.fail_all(lambda: _stopped(self._spec.model_id, Reason.MODEL_UNLOADED))
         else:
             self._log.warning("worker_crashed", **result.metadata())
-            self._connection.fail_all(lambda: WorkerCrashedError.of(self._spec.model_id, result))
+            self._fail_crashed(result)
 
     async def _until_end(self) -> str:
         """Wait for the exit or the end of the connection, whichever is first, or return why it must be
@@ -234,8 +234,14 @@ class Worker:
         self._ending = True
         if not await is_gone(self._process, self._timeouts.kill):
             self._log.error("worker_unkillable", waited_seconds=self._timeouts.kill)
-            result = self._exit_so_far()
-            self._connection.fail_all(lambda: WorkerCrashedError.of(self._spec.model_id, result))
+            self._fail_crashed(self._exit_so_far())
+
+    def _fail_crashed(self, result: WorkerExit) -> None:
+        model_id = self._spec.model_id
+        self._connection.fail_all(
+            lambda: WorkerCrashedError.of(model_id, result),
+            load=lambda: WorkerCrashedError.of(model_id, result, doing="while it loaded"),
+        )
 
     def _is_intended(self) -> bool:
         return self._stop_asked or self._connection.load_has_failed
