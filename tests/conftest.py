@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
+
+    from tests.servers import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +22,13 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_all(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[ServerProcess]:
+    """One `paddock up` on real llama.cpp, for tests that leave it as they found it."""
+    from tests.servers import paddock_up
+
+    log = tmp_path_factory.mktemp("server") / "log.jsonl"
+    with paddock_up(models_dir, log, "--parallel", "8") as running:
+        yield running

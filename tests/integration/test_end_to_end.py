@@ -33,14 +33,6 @@ MODEL = "noise"
 OTHER = "noise-b"
 
 
-@pytest.fixture(scope="module")
-def server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[ServerProcess]:
-    """One server for the tests that leave it as they found it."""
-    log = tmp_path_factory.mktemp("server") / "log.jsonl"
-    with paddock_up(models_dir, log, "--parallel", "8") as running:
-        yield running
-
-
 @pytest.fixture
 def own_server(models_dir: Path, tmp_path: Path) -> Generator[ServerProcess]:
     """A server for one test that does it harm."""
@@ -49,8 +41,8 @@ def own_server(models_dir: Path, tmp_path: Path) -> Generator[ServerProcess]:
 
 
 @pytest.fixture
-async def api(server: ServerProcess) -> AsyncGenerator[ModelManagerApi]:
-    async with connect(server.grpc_address) as channel:
+async def api(real_server: ServerProcess) -> AsyncGenerator[ModelManagerApi]:
+    async with connect(real_server.grpc_address) as channel:
         yield GrpcApi(channel)
 
 
@@ -96,10 +88,10 @@ async def test_a_load_streams_progress_that_never_goes_back_and_ends_with_loaded
 
 
 async def test_ten_loads_of_one_model_are_one_worker_and_ten_equal_ends(
-    api: ModelManagerApi, server: ServerProcess
+    api: ModelManagerApi, real_server: ServerProcess
 ) -> None:
     await api.unload(pb.UnloadRequest(model=MODEL))
-    before = {worker.pid for worker in server.workers()}
+    before = {worker.pid for worker in real_server.workers()}
     tasks = [asyncio.create_task(load(api)) for _ in range(10)]
     await asyncio.sleep(0)
     tasks[0].cancel()
@@ -108,7 +100,7 @@ async def test_ten_loads_of_one_model_are_one_worker_and_ten_equal_ends(
 
     assert len({end.loaded.model.load_id for end in ends}) == 1
     assert len({end.SerializeToString(deterministic=True) for end in ends}) == 1
-    assert len({worker.pid for worker in server.workers()} - before) == 1
+    assert len({worker.pid for worker in real_server.workers()} - before) == 1
 
 
 async def test_a_request_loads_its_model_and_streams(api: ModelManagerApi) -> None:
@@ -141,8 +133,8 @@ async def test_an_unknown_model_is_not_found_and_never_another_one(api: ModelMan
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
-async def test_the_openai_sdk_works_unchanged(server: ServerProcess, stream: bool, chat: bool) -> None:
-    async with AsyncOpenAI(base_url=f"{server.http_url}/v1", api_key="none") as client:
+async def test_the_openai_sdk_works_unchanged(real_server: ServerProcess, stream: bool, chat: bool) -> None:
+    async with AsyncOpenAI(base_url=f"{real_server.http_url}/v1", api_key="none") as client:
         text, finish_reason = await _ask(client, stream=stream, chat=chat)
 
     assert text
@@ -175,14 +167,14 @@ async def _ask(client: AsyncOpenAI, *, stream: bool, chat: bool) -> tuple[str, s
     return text, finish_reason
 
 
-def test_the_gateway_and_grpc_give_the_same_greedy_text(server: ServerProcess) -> None:
-    with OpenAI(base_url=f"{server.http_url}/v1", api_key="none") as client:
+def test_the_gateway_and_grpc_give_the_same_greedy_text(real_server: ServerProcess) -> None:
+    with OpenAI(base_url=f"{real_server.http_url}/v1", api_key="none") as client:
         over_http = client.completions.create(
             model=MODEL, prompt="one two three", max_tokens=24, temperature=0
         )
 
     async def over_grpc() -> str:
-        async with connect(server.grpc_address) as channel:
+        async with connect(real_server.grpc_address) as channel:
             return await text_of(GrpcApi(channel), request(24))
 
     assert over_http.choices[0].text == asyncio.run(over_grpc())
