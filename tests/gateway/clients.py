@@ -7,7 +7,7 @@ import json
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import httpx2
+import httpx
 import openai
 
 from paddock_gateway.app import create_app
@@ -29,10 +29,10 @@ COMPLETION_PATH = "/v1/completions"
 @asynccontextmanager
 async def in_process(
     api: FakeApi, options: GatewayOptions | None = None
-) -> AsyncGenerator[httpx2.AsyncClient]:
+) -> AsyncGenerator[httpx.AsyncClient]:
     """Plain HTTP straight into the application, without a socket. Streams arrive whole."""
-    transport = httpx2.ASGITransport(app=create_app(api, options))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    transport = httpx.ASGITransport(app=create_app(api, options))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         yield client
 
 
@@ -55,12 +55,12 @@ async def sdk(api: FakeApi, **kwargs: Any) -> AsyncGenerator[openai.AsyncOpenAI]
         )
 
 
-async def post(client: httpx2.AsyncClient, path: str, body: dict[str, Any], **more: Any) -> httpx2.Response:
+async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any], **more: Any) -> httpx.Response:
     """Post a request body with more parameters in it."""
     return await client.post(path, json={**body, **more})
 
 
-def events(response: httpx2.Response) -> list[Any]:
+def events(response: httpx.Response) -> list[Any]:
     """Return the data of a stream's events, decoded; `[DONE]` stays text."""
     blocks = [block for block in response.text.split("\n\n") if block]
     assert all(block.startswith("data: ") for block in blocks)

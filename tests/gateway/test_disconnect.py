@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx2
+import httpx
 import pytest
 from structlog.testing import capture_logs
 
@@ -145,7 +145,7 @@ async def test_hanging_up_on_done_is_a_success() -> None:
             await send(raw, STREAM)
             await raw.read_until(b"data: [DONE]\n\n")
             await raw.close()
-            async with httpx2.AsyncClient(base_url=gateway.url) as other:
+            async with httpx.AsyncClient(base_url=gateway.url) as other:
                 # By the time these are answered the gateway has seen the first connection end.
                 for _ in range(3):
                     await other.get("/health")

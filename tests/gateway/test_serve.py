@@ -7,7 +7,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
-import httpx2
+import httpx
 import pytest
 
 from paddock_gateway.serve import ListenError, serve
@@ -23,7 +23,7 @@ STREAM = {**CHAT, "stream": True}
 
 
 async def test_the_real_port_is_known_when_a_free_one_was_asked_for() -> None:
-    async with served(FakeApi()) as gateway, httpx2.AsyncClient(base_url=gateway.url) as client:
+    async with served(FakeApi()) as gateway, httpx.AsyncClient(base_url=gateway.url) as client:
         response = await post(client, CHAT_PATH, CHAT)
 
     assert gateway.port != 0
@@ -54,7 +54,7 @@ async def test_the_signals_stay_with_the_host() -> None:
 
 
 async def test_on_loopback_only_loopback_names_are_answered() -> None:
-    async with served(FakeApi()) as gateway, httpx2.AsyncClient(base_url=gateway.url) as client:
+    async with served(FakeApi()) as gateway, httpx.AsyncClient(base_url=gateway.url) as client:
         named = await client.get("/health", headers={"host": f"localhost:{gateway.port}"})
         rebound = await client.get("/health", headers={"host": f"evil.example:{gateway.port}"})
 
@@ -64,7 +64,7 @@ async def test_on_loopback_only_loopback_names_are_answered() -> None:
 async def test_on_other_addresses_any_name_is_answered() -> None:
     async with (
         serve(FakeApi(), "0.0.0.0", 0) as gateway,  # noqa: S104 - what the test is about
-        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as client,
     ):
         response = await client.get("/health", headers={"host": "box.lan"})
 
@@ -75,7 +75,7 @@ async def test_on_other_addresses_any_name_is_answered() -> None:
 async def test_ipv6_addresses_work() -> None:
     async with (
         serve(FakeApi(), "::1", 0) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as client,
+        httpx.AsyncClient(base_url=gateway.url) as client,
     ):
         response = await client.get("/health")
 
