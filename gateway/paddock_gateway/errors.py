@@ -64,9 +64,21 @@ def _body(error: PaddockError, name_of: Callable[[str], str]) -> bytes:
     param = name_of(field) if field else None
     message = error.message
     if field and param and param != field:
-        message = re.sub(rf"(?<![\w.]){re.escape(field)}(?![\w])", lambda _: param, message)
+        message = _renamed(message, field, param)
     code = error.row.openai_code or error.reason.lower()
     return _encode(ErrorBody(ErrorDetail(message, error.row.openai_type, param, code)))
+
+
+def _renamed(message: str, field: str, param: str) -> str:
+    """Put the caller's name where a message has the field's: at its head, or anywhere if it is a dotted path.
+
+    A plain word such as `chat` is a word like any other further on.
+    """
+    if message.startswith(f"{field}: "):
+        message = param + message[len(field) :]
+    if "." in field:
+        message = re.sub(rf"(?<![\w.]){re.escape(field)}(?!\w)", lambda _: param, message)
+    return message
 
 
 def _field_of(error: PaddockError) -> str:

@@ -64,6 +64,26 @@ async def test_a_field_of_the_service_is_named_as_the_caller_knows_it(
     assert response.json()["error"]["message"] == message
 
 
+@pytest.mark.parametrize(
+    ("field", "message", "told"),
+    [
+        ("chat", "chat: this model has no chat template", "messages: this model has no chat template"),
+        ("chat", "The chat template is wrong", "The chat template is wrong"),
+        ("sampling.top_p", "Lower sampling.top_p.", "Lower top_p."),
+        ("sampling.top_p", "sampling.top_p_x is something else", "sampling.top_p_x is something else"),
+    ],
+)
+async def test_only_what_is_certain_to_be_a_field_is_renamed_in_a_message(
+    field: str, message: str, told: str
+) -> None:
+    error = make_error(Reason.INVALID_FIELD, message, metadata={"field": field})
+
+    async with in_process(FakeApi(failing(error))) as client:
+        response = await post(client, CHAT_PATH, CHAT)
+
+    assert response.json()["error"]["message"] == told
+
+
 async def test_a_prompt_that_is_too_long_is_blamed_on_the_prompt() -> None:
     error = make_error(
         Reason.CONTEXT_LENGTH_EXCEEDED,
