@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 from bench.load import Job, prompt
 from paddock.v1 import generation_pb2, model_manager_pb2
-from paddock_server.worker import llama
-from paddock_server.worker.engine import Engine
-from paddock_server.worker.loading import load_model
-from paddock_server.worker.logs import NativeLog
-from paddock_server.worker.requests import Preparer
-from paddock_server.worker.v1 import worker_pb2
+from paddock_server.worker.environment import set_library_environment
+
+set_library_environment()  # as a worker does, before the import of llama_cpp
+
+from paddock_server.worker import llama  # noqa: E402
+from paddock_server.worker.engine import Engine  # noqa: E402
+from paddock_server.worker.loading import load_model  # noqa: E402
+from paddock_server.worker.logs import NativeLog  # noqa: E402
+from paddock_server.worker.requests import Preparer  # noqa: E402
+from paddock_server.worker.v1 import worker_pb2  # noqa: E402
 
 if TYPE_CHECKING:
     from paddock_server.worker.loading import LoadedModel

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from paddock_server.worker.environment import set_library_environment
+
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
     from tests.servers import ServerProcess
+
+set_library_environment()  # before anything imports llama_cpp: many tests run it in this process
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from paddock_server.worker.connection import Connection, ServerGoneError
+from paddock_server.worker.environment import set_library_environment
 from paddock_server.worker.framing import PROTOCOL_VERSION
 from paddock_server.worker.v1 import worker_pb2
 
@@ -51,7 +52,7 @@ def main() -> NoReturn:
     sys.excepthook = _on_uncaught
     threading.excepthook = lambda hook: _on_uncaught(hook.exc_type, hook.exc_value, hook.exc_traceback)
     sys.setswitchinterval(SWITCH_SECONDS)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    set_library_environment()
 
     connection = Connection(socket.socket(fileno=arguments.fd))
     connection.send(
