@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 LIBRARY_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
-        # A thread that waits for the others of its step sleeps after this many turns. OpenMP's own choice is to
-        # spin for milliseconds, which is right on an idle machine only: with another program on the same cores
-        # a step then takes five to ten times as long (bench/README.md has the figures).
+        # A thread that waits for the others of its step sleeps after this many turns. OpenMP's own choice is
+        # to spin for milliseconds, which is right on an idle machine only: with another program on the same
+        # cores a step then takes five to ten times as long (bench/README.md has the figures).
         "GOMP_SPINCOUNT": "1000",
         # numpy is along for a few logits at a time; its threads would only be in the way.
         "OPENBLAS_NUM_THREADS": "1",

@@ -1,1 +1,1 @@
-"""Generated from protos/paddock/v1; see scripts/gen_protos.py. Only this file is written by hand."""
+"""Generated from protos/paddock/v1 by scripts/gen_protos.py, all but this file."""
