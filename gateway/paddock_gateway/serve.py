@@ -153,16 +153,17 @@ async def _listen(host: str, port: int) -> socket.socket:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, address = found[0][0], found[0][4]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ListenError(_why(error, host, port)) from error
 
 
-def _why(error: OSError, host: str, port: int) -> str:
+def _why(error: Exception, host: str, port: int) -> str:
+    """Say why listening failed; a port out of range and a malformed name are not OSErrors."""
+    if not isinstance(error, OSError):
+        return f"Cannot listen on port {port} of {host}: {error}."
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} of {host} is taken by another program. Stop it, or choose another port."
-    if isinstance(error, socket.gaierror):
-        return f"{host} is not an address of this machine: {error.strerror}."
-    return f"Cannot listen on port {port} of {host}: {error.strerror or error}."
+    return f"Cannot listen on port {port} of {host}: {error.strerror}."
 
 
 def _is_loopback(host: str) -> bool:

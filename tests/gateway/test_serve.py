@@ -37,10 +37,10 @@ async def test_a_taken_port_is_one_clear_error() -> None:
                 pass
 
 
-@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
-async def test_an_address_that_is_not_ours_is_one_clear_error(host: str) -> None:
-    with pytest.raises(ListenError, match=host):
-        async with serve(FakeApi(), host, 0):
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.1", 0), ("a..b", 0), ("127.0.0.1", 65536)])
+async def test_an_address_that_cannot_be_listened_on_is_one_clear_error(host: str, port: int) -> None:
+    with pytest.raises(ListenError, match=f"Cannot listen on port {port} of {host}: ."):
+        async with serve(FakeApi(), host, port):
             pass
 
 
