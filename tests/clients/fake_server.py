@@ -187,6 +187,11 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         generated.timings.generation_duration.FromMilliseconds(500)
         yield pb.GenerateResponse(generated=generated)
 
+    def GenerateMany(
+        self, request_iterator: Iterator[pb.GenerateManyRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateManyResponse]:
+        self._abort(make_error(Reason.NOT_IMPLEMENTED, "For gateways."), context)
+
     def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
         self._begin("Embed", request, context)
         return pb.EmbedResponse(

@@ -55,21 +55,26 @@ def test_a_reason_of_a_newer_server_is_a_failure() -> None:
 
 @pytest.mark.parametrize("reason", TABLE)
 def test_every_error_is_described_in_one_line(reason: str) -> None:
-    text = describe(make_error(reason, "It happened.", metadata={"model": "m"}), "host:1")
+    for metadata in ({}, {"model": "m"}):
+        text = describe(make_error(reason, "It happened.", metadata=metadata), "host:1")
 
-    assert text
-    assert "\n" not in text
+        assert text
+        assert "\n" not in text
+        assert "None" not in text
 
 
 def test_what_to_do_is_said_with_the_error() -> None:
     def described(reason: Reason, **arguments: object) -> str:
         return describe(make_error(reason, "It happened.", **arguments), "host:1")  # pyright: ignore[reportArgumentType]
 
+    conflict = {"model": "m", "fields": "slot_count"}
     assert "host:1" in described(Reason.SERVER_UNREACHABLE)
     assert "`paddock up`" in described(Reason.SERVER_UNREACHABLE)
     assert "`paddock ls`" in describe(ModelNotFoundError.of("nope"), "host:1")
     assert "'nope'" in describe(ModelNotFoundError.of("nope"), "host:1")
     assert "`paddock load m`" in described(Reason.MODEL_NOT_LOADED, metadata={"model": "m"})
+    assert "`--on-conflict reload`" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
+    assert "slot_count" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
     assert "`paddock logs m`" in described(Reason.CRASH_LOOP, metadata={"model": "m"})
     assert "Try again in 4 s." in described(Reason.QUEUE_FULL, retry_after_seconds=4.0)
     assert "r-7" in described(Reason.INTERNAL, request_id="r-7")

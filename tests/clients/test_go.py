@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.clients.fake_server import FakeServer
+    from tests.servers import ServerProcess
 
 MODULE = Path(__file__).parents[2] / "clients" / "go"
 
@@ -76,3 +77,11 @@ def test_the_example_says_how_to_start_a_server(example: Path) -> None:
     done = run(example, "-server", "127.0.0.1:1", "-model", "tiny")
 
     assert done.stderr == "No Paddock server answers. Start it with `paddock up`.\n"
+
+
+def test_the_example_runs_on_a_real_server(example: Path, real_server: ServerProcess) -> None:
+    done = run(example, "-server", real_server.grpc_address, "-model", "noise", "-max-tokens", "8")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "noise is loaded." in done.stderr

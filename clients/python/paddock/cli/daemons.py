@@ -180,7 +180,8 @@ def gateway(
         from paddock_gateway.app import GatewayOptions
         from paddock_gateway.serve import ListenError, serve
         from paddock_server.logs import configure_logging
-    from paddock.transport import GrpcApi, connect
+    from paddock.multiplexed import MultiplexedApi
+    from paddock.transport import connect
 
     configure_logging(log_level, log_format)
 
@@ -188,8 +189,9 @@ def gateway(
         options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
         async with (
             connect(server) as channel,
+            MultiplexedApi(channel) as api,
             _told_to_stop() as stop,
-            serve(GrpcApi(channel), host, port, drain_seconds=drain_seconds, options=options) as running,
+            serve(api, host, port, drain_seconds=drain_seconds, options=options) as running,
         ):
             _log_gateway(running)
             await stop.wait()

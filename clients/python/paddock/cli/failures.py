@@ -53,18 +53,24 @@ def exit_code(reason: str) -> ExitCode:
 
 def describe(error: PaddockError, server: str) -> str:
     """Return what to tell the person at the keyboard: what happened, and what to do about it."""
-    model = error.resource or error.metadata.get("model", "MODEL")
+    model = error.resource or error.metadata.get("model")
     match error.reason:
         case Reason.SERVER_UNREACHABLE:
             return (
                 f"No Paddock server answers at {server}. "
                 "Start it with `paddock up`, or name another with --server."
             )
-        case Reason.MODEL_NOT_FOUND:
+        case Reason.MODEL_NOT_FOUND if model:
             return f"There is no model named {model!r}. `paddock ls` shows the models there are."
-        case Reason.MODEL_NOT_LOADED:
-            return f"{error.message} Load it with `paddock load {model}`."
-        case Reason.CRASH_LOOP | Reason.WORKER_CRASHED:
+        case Reason.MODEL_NOT_LOADED if model:
+            return f"The model {model!r} is not loaded. Load it with `paddock load {model}`."
+        case Reason.OPTIONS_CONFLICT if model:
+            fields = error.metadata.get("fields", "of another load")
+            return (
+                f"The model {model!r} is loaded with other options ({fields}). "
+                "`--on-conflict reload` loads it again, `--on-conflict keep` takes it as it is."
+            )
+        case Reason.CRASH_LOOP | Reason.WORKER_CRASHED if model:
             return f"{error.message} `paddock logs {model}` shows what its worker wrote."
         case Reason.INTERNAL if error.request_id:
             return f"{error.message} The server's log says more under the request id {error.request_id}."
