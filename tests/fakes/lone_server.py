@@ -26,7 +26,8 @@ async def run() -> None:
         if progress.fraction >= 0.5:
             half.set()
 
-    loading = asyncio.create_task(second.load(worker_pb2.Load(model_path="/nowhere"), on_progress))
+    load = worker_pb2.Load(model_path="/nowhere")
+    loading = asyncio.create_task(second.load(load, on_progress, size_bytes=0))
     await half.wait()
     sys.stdout.write(json.dumps([first.pid, second.pid]) + "\n")
     sys.stdout.flush()

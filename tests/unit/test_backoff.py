@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddock.errors import Reason
-from paddock_server.supervisor.backoff import RETRIED_REASONS, Restart, RestartPolicy, is_retried
+from paddock_server.supervisor.backoff import Restart, RestartPolicy
 
 
 def test_delays_are_0_1_2_4_and_then_it_gives_up() -> None:
@@ -50,9 +48,3 @@ def test_delays_stay_in_their_bounds_and_never_shrink(crash_count: int, served_s
     assert 0 <= restart.delay_seconds <= policy.max_delay_seconds
     assert policy.delay_seconds(restart.crash_count + 1) >= restart.delay_seconds
     assert restart.crash_count in {1, crash_count + 1}
-
-
-@pytest.mark.parametrize("reason", list(Reason))
-def test_only_a_crash_and_a_stall_are_tried_again_by_themselves(reason: Reason) -> None:
-    assert is_retried(reason) == (reason in {"WORKER_CRASHED", "LOAD_STALLED"})
-    assert is_retried(str(reason)) == (reason in RETRIED_REASONS)

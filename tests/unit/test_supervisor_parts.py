@@ -17,7 +17,7 @@ from paddock_server.supervisor.exit import OomWatch, oom_counter_files, split_re
 from paddock_server.supervisor.failures import error_of_failure
 from paddock_server.supervisor.generation import MAX_MERGED_BYTES, Generation
 from paddock_server.supervisor.launcher import worker_environment
-from paddock_server.supervisor.loading import LoadInbox, follow_load, model_size_bytes
+from paddock_server.supervisor.loading import LoadInbox, follow_load
 from paddock_server.supervisor.stop import descend
 from paddock_server.worker.v1 import worker_pb2
 
@@ -130,17 +130,6 @@ def test_the_ceiling_of_a_load_grows_with_the_size() -> None:
     assert timeouts.load_ceiling(0) == 300
     assert timeouts.load_ceiling(10 * GIB) == 500
     assert timeouts.load_stall_in_warmup(10 * GIB) == 260
-
-
-def test_the_size_of_a_model_counts_its_shards(tmp_path: Path) -> None:
-    shard = tmp_path / "m-00001-of-00003.gguf"
-    shard.write_bytes(bytes(100))
-    single = tmp_path / "m.gguf"
-    single.write_bytes(bytes(7))
-
-    assert model_size_bytes(shard) == 300
-    assert model_size_bytes(single) == 7
-    assert model_size_bytes(tmp_path / "missing.gguf") == 0
 
 
 async def test_the_warm_up_of_a_large_file_may_be_silent_for_longer() -> None:

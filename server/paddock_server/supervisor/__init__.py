@@ -8,7 +8,7 @@ process     the child itself: session, log pipe, exit, signals to its group
 
 from __future__ import annotations
 
-from paddock_server.supervisor.backoff import Restart, RestartPolicy, is_retried
+from paddock_server.supervisor.backoff import Restart, RestartPolicy
 from paddock_server.supervisor.exit import WorkerExit
 from paddock_server.supervisor.failures import WorkerCrashedError
 from paddock_server.supervisor.generation import Generation
@@ -32,5 +32,4 @@ __all__ = [
     "WorkerCrashedError",
     "WorkerExit",
     "WorkerSpec",
-    "is_retried",
 ]

@@ -9,15 +9,6 @@ is never retried.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
-
-from paddock.errors import Reason
-
-RETRIED_REASONS: Final = frozenset({Reason.WORKER_CRASHED, Reason.LOAD_STALLED})
-"""Failures that another attempt may not repeat: a signal, a silent exit, a disk that hung. Not among them:
-what the file or the request is to blame for (MODEL_CORRUPT, UNSUPPORTED_MODEL, INVALID_FIELD), what only
-other models' going can help (INSUFFICIENT_MEMORY), and what was asked for (LOAD_ABORTED, MODEL_UNLOADED,
-SHUTTING_DOWN)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +58,3 @@ class RestartPolicy:
             return 0.0
         # The exponent is bounded so that a long history cannot overflow a float.
         return min(self.max_delay_seconds, 2.0 ** min(crash_count - 2, 32))
-
-
-def is_retried(reason: str) -> bool:
-    """Say whether a failure is worth another attempt without anything having changed."""
-    return reason in RETRIED_REASONS

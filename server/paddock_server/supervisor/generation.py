@@ -78,8 +78,7 @@ class Generation:
 
         Raises:
             PaddockError: The worker reported a failure, crashed (WORKER_CRASHED) or was stopped
-            (MODEL_UNLOADED or
-                the reason given to `Worker.stop`).
+                (MODEL_UNLOADED or the reason given to `Worker.stop`).
         """
         if self._number is None:
             text = "a generation is read inside `async with`"

@@ -83,8 +83,7 @@ class Launcher(Protocol):
 
         Raises:
             PaddockError: WORKER_CRASHED when it could not be started or ended before its hello; LOAD_STALLED
-            with
-                `stage` `spawn` when the hello did not come in time. Nothing is left running.
+                with `stage` `spawn` when the hello did not come in time. Nothing is left running.
         """
         ...
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from paddock.errors import PaddockError, Reason, make_error
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from paddock_server.supervisor.timeouts import SupervisorTimeouts
 
 _STAGES: Final = {worker_pb2.LOAD_STAGE_WEIGHTS: "weights", worker_pb2.LOAD_STAGE_WARMUP: "warmup"}
-_SHARD: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
 @dataclass(slots=True)
@@ -50,9 +47,8 @@ async def follow_load(
 
     Raises:
         PaddockError: What the worker, its death or the stop made of the load; LOAD_STALLED when it goes
-        without
-            progress for too long or over its ceiling, LOAD_ABORTED when an abort is not answered. In the last
-            two cases the worker is still at it.
+            without progress for too long or over its ceiling, LOAD_ABORTED when an abort is not answered. In
+            the last two cases the worker is still at it.
     """
     loop = asyncio.get_running_loop()
     start = last_news = loop.time()
@@ -90,17 +86,6 @@ async def follow_load(
 def stage_name(stage: worker_pb2.LoadStage.ValueType) -> str:
     """Return the name of a stage in messages and metadata."""
     return _STAGES.get(stage, "unknown")
-
-
-def model_size_bytes(path: Path) -> int:
-    """Return the size of a model, taking the shards of one to be as large as the first; 0 when there is no
-    file."""
-    try:
-        size = path.stat().st_size
-    except OSError:  # the worker will say what is wrong with it
-        return 0
-    shard = _SHARD.search(path.name)
-    return size * int(shard[1]) if shard else size
 
 
 def _stall_limit(last: worker_pb2.LoadProgress, size_bytes: int, timeouts: SupervisorTimeouts) -> float:

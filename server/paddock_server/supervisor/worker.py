@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -13,7 +12,7 @@ from paddock.errors import PaddockError, Reason, make_error
 from paddock_server.supervisor.exit import LOG_TAIL_LINES, OomWatch, WorkerExit, split_return_code
 from paddock_server.supervisor.failures import WorkerCrashedError
 from paddock_server.supervisor.generation import Generation
-from paddock_server.supervisor.loading import follow_load, model_size_bytes
+from paddock_server.supervisor.loading import follow_load
 from paddock_server.supervisor.stop import descend, is_gone
 
 if TYPE_CHECKING:
@@ -98,21 +97,18 @@ class Worker:
         request: worker_pb2.Load,
         on_progress: Callable[[worker_pb2.LoadProgress], None],
         *,
-        size_bytes: int | None = None,
+        size_bytes: int,
     ) -> worker_pb2.Ready:
         """Load the model; to be called once, first. `on_progress` is called in the caller's task.
 
         Time-outs count from the last progress; how long the whole may take grows with `size_bytes`, the size
-        of the model's files (by default that of the file named in the request). When it raises, the process
-        has ended; except when cancelled, which leaves the load running until `stop`.
+        of all of the model's files. When it raises, the process has ended; except when cancelled, which
+        leaves the load running until `stop`.
 
         Raises:
-            PaddockError: the reason of `load_failed`; LOAD_STALLED; LOAD_ABORTED after `abort_load` or
-            `stop`;
-                WORKER_CRASHED, as `WorkerCrashedError`.
+            PaddockError: The reason of `load_failed`; LOAD_STALLED; LOAD_ABORTED after `abort_load` or
+                `stop`; WORKER_CRASHED, as `WorkerCrashedError`.
         """
-        if size_bytes is None:
-            size_bytes = await asyncio.to_thread(model_size_bytes, Path(request.model_path))
         inbox = self._connection.start_load(request)
         try:
             return await follow_load(
@@ -120,7 +116,8 @@ class Worker:
             )
         except PaddockError:
             if inbox.answered:
-                await self.stop(grace_seconds=_GOODBYE_SECONDS)
+                await is_gone(self._process, _GOODBYE_SECONDS)
+                await self.stop(grace_seconds=0)
             elif inbox.aborted:
                 await self.stop(grace_seconds=0)
             elif inbox.outcome is None:
@@ -153,7 +150,7 @@ class Worker:
         then come SIGTERM and SIGKILL to its process group. Cancelling the call does not cancel the stop.
         """
         if self._stop_task is None:
-            if self._ending or self.exited.done():
+            if self._ending or self._process.exited.done():
                 return await asyncio.shield(self.exited)
             # Before any signal, so that the exit it causes is never taken for a crash.
             self._stop_asked = True
@@ -167,7 +164,7 @@ class Worker:
     def kill(self, cause: str) -> None:
         """Kill the worker for a fault of its own, which `cause` says, to go after `because`. Counts as a
         crash."""
-        if self._ending or self._stop_asked:
+        if self._cause or self._stop_asked or self._process.exited.done():
             return
         self._ending = True
         self._cause = cause
@@ -218,8 +215,9 @@ class Worker:
             if done:
                 return self._connection.closed.result() if self._connection.closed.done() else ""
             self._oom.sample()
-            # Before the hello, the handshake's time-out is in charge; during a stop, the ladder.
-            if self._connection.frame_count != seen or seen == 0 or self._stop_asked:
+            # The handshake's time-out is in charge of the hello, the load's of what comes next (an engine is
+            # long to import, and does not beat before), the ladder of a stop.
+            if self._connection.frame_count != seen or seen <= 1 or self._stop_asked:
                 seen, silent_ticks = self._connection.frame_count, 0
             else:
                 silent_ticks += 1
@@ -227,11 +225,11 @@ class Worker:
 
     async def _end_crashed(self, fault: str) -> None:
         """Make sure that a worker at fault is gone, and tell who waits even when it cannot be made to."""
+        self._ending = True
         if not fault and not await is_gone(self._process, self._timeouts.exit_after_eof):
             fault = "it closed its connection and did not exit"
         if fault:
             self.kill(fault)
-        self._ending = True
         if not await is_gone(self._process, self._timeouts.kill):
             self._log.error("worker_unkillable", waited_seconds=self._timeouts.kill)
             self._fail_crashed(self._exit_so_far())

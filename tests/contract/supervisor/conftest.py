@@ -92,7 +92,7 @@ async def start_loaded(start: StartWorker) -> StartWorker:
 
     async def start_worker(*, timeouts: SupervisorTimeouts = QUICK, **behaviour: Any) -> Worker:
         worker = await start(timeouts=timeouts, **behaviour)
-        await worker.load(LOAD, lambda _: None)
+        await worker.load(LOAD, lambda _: None, size_bytes=0)
         return worker
 
     return start_worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -142,6 +143,21 @@ async def test_a_frozen_worker_is_killed_and_the_message_says_why(start_loaded: 
         ("worker_killed", "warning"),
         ("worker_crashed", "warning"),
     ]
+
+
+async def test_an_exit_is_noticed_where_there_is_no_pidfd(
+    start_loaded: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pidfd_open(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), pid, flags)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    worker = await start_loaded(timeouts=PATIENT, fork_grandchild="group", tokens_per_second=100)
+    (reader,) = await running_readers(worker, 1)
+
+    os.kill(worker.pid, signal.SIGKILL)
+
+    assert (await crash_of(reader)).exit.signal == "SIGKILL"
 
 
 async def test_a_silent_worker_whose_heart_beats_lives(start_loaded: StartWorker) -> None:
