@@ -54,7 +54,7 @@ class LiveWorker(Protocol):
         request: worker_pb2.Load,
         on_progress: Callable[[worker_pb2.LoadProgress], None],
         *,
-        size_bytes: int | None = None,
+        size_bytes: int,
     ) -> worker_pb2.Ready:
         """Load the model. Raises `PaddockError`."""
         ...
