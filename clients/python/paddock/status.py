@@ -1,7 +1,8 @@
-"""Errors on the wire: `PaddockError` to `google.rpc.Status` and back.
+"""Errors on the wire: `PaddockError` to `google.rpc.Status` or to a message of `GenerateMany`, and back.
 
-The only module that touches the `google.rpc` types. What `to_status` writes, `from_rpc_error` reads, for
-every row of `paddock.errors.TABLE` (`tests/unit/test_status.py`).
+The only module that touches the `google.rpc` types. What `to_status` writes, `from_rpc_error` reads, and what
+`to_generation_error` writes, `from_generation_error`, for every row of `paddock.errors.TABLE`
+(`tests/unit/test_status.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from google.rpc import (  # pyright: ignore[reportMissingTypeStubs]
 )
 
 from paddock.errors import DOMAIN, Code, FieldViolation, PaddockError, Reason, make_error
+from paddock.v1 import model_manager_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -39,6 +41,9 @@ _TEXT_LIMITS: Final = (1024, 512, 256, 128, 64)
 """Characters per text, tried in turn until the status fits."""
 
 _MAX_VIOLATIONS: Final = 8
+
+_MESSAGE_TEXT_LIMIT: Final = 16 * 1024
+"""Characters per text of an error that travels as a message, where there is room."""
 
 _RESOURCE_TYPES: Final[Mapping[str, str]] = {
     Reason.MODEL_NOT_FOUND: "model",
@@ -78,6 +83,47 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> PaddockError:
     status = _status_of(error.trailing_metadata() or ())
     decoded = _from_status(status) if status is not None else None
     return decoded or _from_code(error.code().name, error.details() or "")
+
+
+def to_generation_error(error: PaddockError, *, request_id: str = "") -> pb.GenerationError:
+    """Return the message that tells a caller of `GenerateMany` what `to_status` tells one of `Generate`.
+
+    Args:
+        error: The error.
+        request_id: Identifier under which the server logged the generation; falls back on the error's own.
+    """
+    limit = _MESSAGE_TEXT_LIMIT
+    message = pb.GenerationError(
+        code=code_pb2.Code.Value(error.code.name),
+        reason=_fit(error.reason, limit),
+        message=_fit(error.message, limit),
+        metadata={_fit(key, limit): _fit(value, limit) for key, value in error.metadata.items()},
+        violations=[
+            pb.FieldViolation(field=_fit(one.field, limit), description=_fit(one.description, limit))
+            for one in error.violations[:_MAX_VIOLATIONS]
+        ],
+        resource=_fit(error.resource, limit),
+        request_id=_fit(request_id or error.request_id, limit),
+    )
+    if error.retry_after_seconds is not None:
+        message.retry_delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+    return message
+
+
+def from_generation_error(message: pb.GenerationError) -> PaddockError:
+    """Return the error behind a failed generation of `GenerateMany`."""
+    return make_error(
+        message.reason,
+        message.message,
+        metadata=dict(message.metadata),
+        violations=[FieldViolation(one.field, one.description) for one in message.violations],
+        resource=message.resource,
+        retry_after_seconds=(
+            message.retry_delay.ToNanoseconds() / 1e9 if message.HasField("retry_delay") else None
+        ),
+        code=_code_of(_code_name(message.code)),
+        request_id=message.request_id,
+    )
 
 
 def _build(error: PaddockError, request_id: str, limit: int) -> status_pb2.Status:

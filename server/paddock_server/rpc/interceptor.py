@@ -1,30 +1,23 @@
-"""What surrounds every call: a request id, one log line at its end, and errors as `google.rpc.Status`."""
+"""What surrounds every RPC: its request id, one log line at its end, and errors as `google.rpc.Status`."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import time
-import uuid
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
-import structlog
 from grpc_status import rpc_status
 
-from paddock.api import request_id as request_id_var
-from paddock.errors import PaddockError, Reason, make_error
 from paddock.status import to_status
+from paddock_server.rpc.calls import request_id_of, watched_call
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-log = structlog.get_logger()
+    from paddock.errors import PaddockError
 
 REQUEST_ID_METADATA: Final = "x-request-id"
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PREFIX: Final = "/paddock.v1."
 
 
@@ -44,6 +37,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _streaming(method, handler.unary_stream),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _streaming(method, handler.stream_stream),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
@@ -75,46 +74,20 @@ def _streaming(
 
 @asynccontextmanager
 async def _surroundings(method: str, context: Any) -> AsyncGenerator[None]:
-    """Bind the request id, turn an error into a status, and log the call once it has ended."""
-    request_id = _request_id(context)
-    request_id_var.set(request_id)
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(rpc=method.rpartition("/")[2], request_id=request_id)
+    """Watch the call under the caller's request id, and end it with a status when it failed."""
+    offered = (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_METADATA)
+    request_id = request_id_of(next(offered, ""))
     context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
-    begin = time.monotonic()
-    error: PaddockError | None = None
-    code = "CANCELLED"
-    try:
-        try:
-            yield
-            code = "OK"
-        except PaddockError as raised:
-            error, code = raised, raised.code
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception:  # the one place where a bug becomes a status
-            log.exception("rpc_bug")
-            error = make_error(
-                Reason.INTERNAL, f"A bug in the server; its log says more under request id {request_id}."
-            )
-            code = error.code
-    finally:
-        _log_call(code, error, time.monotonic() - begin)
-    if error is not None:
-        await context.abort_with_status(_status(error, request_id))
-
-
-def _request_id(context: Any) -> str:
-    """Return the caller's own request id when it is fit for a log line, or a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_METADATA and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
+    async with watched_call(method.rpartition("/")[2], request_id) as call:
+        yield
+    if call.error is not None:
+        await context.abort_with_status(_status(call.error, request_id))
 
 
 def _status(error: PaddockError, request_id: str) -> Any:
     """Return the error as a status whose trailing metadata also carries the request id."""
-    status = rpc_status.to_status(to_status(error, request_id=request_id))
+    found = to_status(error, request_id=request_id)
+    status = rpc_status.to_status(found)  # pyright: ignore[reportUnknownMemberType]  # google.rpc has no stubs
     return _Status(
         status.code, status.details, (*status.trailing_metadata, (REQUEST_ID_METADATA, request_id))
     )
@@ -127,14 +100,3 @@ class _Status(grpc.Status):
         self.code = code
         self.details = details
         self.trailing_metadata = trailing_metadata
-
-
-def _log_call(code: str, error: PaddockError | None, seconds: float) -> None:
-    """Write the canonical line. Model, load and tokens were bound on the way by the service."""
-    fields: dict[str, object] = {"code": str(code), "duration_ms": round(seconds * 1000, 1)}
-    if error is not None:
-        fields |= {"reason": str(error.reason), "error": error.message}
-    if code == "INTERNAL":
-        log.error("rpc", **fields)
-    else:
-        log.info("rpc", **fields)

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
 from paddock_server.rpc.interceptor import CallInterceptor
+from paddock_server.rpc.multiplex import GenerationStreams
 from paddock_server.rpc.servicer import ModelManagerServicer
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class RpcServer:
     def __init__(self, service: ModelManagerApi, *, host: str, port: int, with_reflection: bool) -> None:
         self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_OPTIONS)
         self._health = health.aio.HealthServicer()
-        model_manager_pb2_grpc.add_ModelManagerServicer_to_server(ModelManagerServicer(service), self._server)
+        self._streams = GenerationStreams(service)
+        servicer = ModelManagerServicer(service, self._streams)
+        model_manager_pb2_grpc.add_ModelManagerServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if with_reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -71,8 +74,9 @@ class RpcServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def announce_stop(self) -> None:
-        """Turn every service's health to NOT_SERVING, for good."""
+        """Turn every service's health to NOT_SERVING, for good, and end shared streams once they are idle."""
         await self._health.enter_graceful_shutdown()
+        self._streams.drain()
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, let running ones end for that long, then cancel them."""

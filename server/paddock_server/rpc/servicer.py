@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 from paddock.v1 import model_manager_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterable
 
     from paddock.api import ModelManagerApi
     from paddock.v1 import model_manager_pb2 as pb
+    from paddock_server.rpc.multiplex import GenerationStreams
 
 
 class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
     """One line per RPC; the documentation is the proto's."""
 
-    def __init__(self, service: ModelManagerApi) -> None:
+    def __init__(self, service: ModelManagerApi, streams: GenerationStreams) -> None:
         self._service = service
+        self._streams = streams
 
     def Load(self, request: pb.LoadRequest, context: Any) -> AsyncGenerator[pb.LoadResponse]:
         """Stream a load."""
@@ -46,6 +48,12 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
     def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncGenerator[pb.GenerateResponse]:
         """Stream a generation."""
         return self._service.generate(request)
+
+    def GenerateMany(
+        self, request_iterator: AsyncIterable[pb.GenerateManyRequest], context: Any
+    ) -> AsyncGenerator[pb.GenerateManyResponse]:
+        """Run many generations over one stream."""
+        return self._streams.serve(request_iterator)
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """Compute embeddings."""

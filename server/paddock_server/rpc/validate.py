@@ -100,6 +100,34 @@ def generate(request: pb.GenerateRequest) -> None:
         _constraint(request.constraint)
 
 
+def generation_command(command: pb.GenerationCommand, last_number: int) -> None:
+    """Check a command of `GenerateMany`, apart from the request it may hold; that fails its generation alone.
+
+    Args:
+        command: The command.
+        last_number: The highest number started on its stream; 0 before the first.
+    """
+    kind = command.WhichOneof("command")
+    if kind is None:
+        msg = "commands.command"
+        raise InvalidFieldError.of(msg, "must hold start, grant or cancel")
+    if kind == "start":
+        if command.number <= last_number:
+            msg = "commands.number"
+            raise InvalidFieldError.of(
+                msg, f"must be higher than {last_number}, the last one started; it was {command.number}"
+            )
+    elif not 0 < command.number <= last_number:
+        msg = "commands.number"
+        raise InvalidFieldError.of(msg, f"must have been started on this stream; {command.number} was not")
+    if kind == "start" and command.start.credit < 1:
+        msg = "commands.start.credit"
+        raise InvalidFieldError.of(msg, "must be at least 1")
+    if kind == "grant" and command.grant.credit < 1:
+        msg = "commands.grant.credit"
+        raise InvalidFieldError.of(msg, "must be at least 1")
+
+
 def embed(request: pb.EmbedRequest) -> None:
     """Check an `EmbedRequest`."""
     model_name(request.model)
