@@ -78,6 +78,9 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     errors: dict[str, PaddockError] = field(default_factory=dict[str, PaddockError])
     """By RPC: raised by every call of that one."""
 
+    error_count: int = -1
+    """How many more calls raise `error`; below zero all do."""
+
     truncate: bool = False
     """End streams without their terminal message."""
 
@@ -249,7 +252,8 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
             self.finished.discard(rpc)
             context.add_callback(partial(self._ended, rpc))
         error = self.error or self.errors.get(rpc)
-        if error is not None:
+        if error is not None and self.error_count != 0:
+            self.error_count -= 1
             self._abort(error, context)
 
     def _model(self, name: str, context: grpc.ServicerContext) -> model_pb2.Model:

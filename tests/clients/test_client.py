@@ -317,6 +317,28 @@ async def test_a_stream_that_ends_without_its_terminal_message_is_an_error(
     assert generating.value.reason == loading.value.reason == Reason.INTERNAL
 
 
+async def test_a_call_without_side_effects_is_sent_again_when_the_server_is_unavailable(
+    client: Client, server: FakeServer
+) -> None:
+    server.manager.error, server.manager.error_count = make_error(Reason.SHUTTING_DOWN, "Bye."), 2
+
+    assert (await client.get("tiny")).id == "tiny"
+    assert len(server.manager.calls) == 3
+
+
+@pytest.mark.parametrize("method", ["unload", "complete", "embed"])
+async def test_a_call_that_does_something_is_sent_once(
+    client: Client, server: FakeServer, method: str
+) -> None:
+    server.manager.error, server.manager.error_count = make_error(Reason.SHUTTING_DOWN, "Bye."), 1
+    arguments = {"unload": ("tiny",), "complete": ("tiny", "Once"), "embed": ("tiny", ["text"])}
+
+    with pytest.raises(ModelUnavailableError):
+        await getattr(client, method)(*arguments[method])
+
+    assert len(server.manager.calls) == 1
+
+
 async def test_without_a_server_the_error_says_unreachable() -> None:
     async with Client.connect("127.0.0.1:1") as client:
         with pytest.raises(ModelUnavailableError) as caught:
