@@ -35,7 +35,14 @@ HEADROOM_TOKENS: Final = 16
 LONGEST_STEP: Final = 2.0
 """A step with prompt tokens may take this many times a step without, when that is over the target."""
 
-_SMOOTHING: Final = 0.25
+PROBE_STEPS: Final = 8
+"""While prompts come in beside streams, every step of this number goes without, to see what streams alone take.
+
+That figure would else grow stale during a long prompt, and with it the chunks wrong: small for ever on a machine that
+has become slower, too large on one that has become faster.
+"""
+
+_SMOOTHING: Final = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,7 @@ class Scheduler(Generic[S]):
         self._free_slots = list(range(limits.slots - 1, -1, -1))
         self._milliseconds_per_token = 0.0
         self._milliseconds_without_prompt = 0.0
+        self._steps_to_probe = PROBE_STEPS
 
     @property
     def running(self) -> list[S]:
@@ -254,6 +262,10 @@ class Scheduler(Generic[S]):
             return
         room = self.limits.batch_tokens - len(plan.work)
         if streams:
+            self._steps_to_probe -= 1
+            if self._steps_to_probe == 0:
+                self._steps_to_probe = PROBE_STEPS
+                return
             room = min(room, self._prompt_budget(len(plan.work)))
         for sequence in prompts:
             count = min(room, sequence.pending)

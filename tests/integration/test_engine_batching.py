@@ -1,0 +1,208 @@
+"""Many generations at once give what each gives alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+
+from paddock.v1 import generation_pb2, model_manager_pb2
+from tests.integration.engines import Lab, Output, lab, request
+
+WORDS = ("The lamp", "A small boat", "Nobody", "In the morning", "They drink", "Ropes", "It is", "Fish")
+LOGPROBS = {"topCount": 0}  # brings the token ids along
+
+SAMPLERS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 1.2, "topK": 0, "topP": 1, "minP": 0},
+    {"temperature": 0.7, "topP": 0.8},
+    {"temperature": 1, "topK": 5, "presencePenalty": 0.5, "frequencyPenalty": 0.5},
+    {"temperature": 0, "repetitionPenalty": 1.3, "penaltyLastTokens": -1},
+    {},
+)
+
+
+def greedy_requests() -> list[model_manager_pb2.GenerateRequest]:
+    return [
+        request(f"{WORDS[index % len(WORDS)]} {index}", stop={"maxTokens": 48}, logprobs=LOGPROBS)
+        for index in range(32)
+    ]
+
+
+def mixed_requests() -> list[model_manager_pb2.GenerateRequest]:
+    """32 requests with prompts of 1 to 300 tokens, all kinds of samplers, lengths and seeds."""
+    rng = random.Random(7)
+    requests: list[model_manager_pb2.GenerateRequest] = []
+    for index in range(32):
+        message = request(
+            " ".join(rng.choice(WORDS) for _ in range(rng.choice([1, 3, 20, 100]))),
+            stop={"maxTokens": rng.randint(1, 60), "ignoreEos": index % 5 == 0},
+            logprobs=LOGPROBS,
+        )
+        message.ClearField("sampling")
+        json_format.ParseDict({**SAMPLERS[index % len(SAMPLERS)], "seed": index * 11}, message.sampling)
+        requests.append(message)
+    return requests
+
+
+def same(together: list[Output], alone: list[Output]) -> None:
+    for one, other in zip(together, alone, strict=True):
+        assert one.tokens() == other.tokens()
+        assert [delta.text for delta in one.deltas] == [delta.text for delta in other.deltas]
+        assert one.end() == other.end()
+        assert one.finished.usage == other.finished.usage
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_32_greedy_generations_at_once_give_token_for_token_what_each_gives_alone(
+    models_dir: Path, threads: int
+) -> None:
+    with lab(models_dir / "noise.gguf", thread_count=threads) as bench:
+        alone = bench.alone(greedy_requests())
+        together = bench.generate(*greedy_requests())
+        same(together, alone)
+        assert all(len(output.tokens()) > 1 for output in together)
+        assert len({tuple(output.tokens()) for output in together}) == 32
+
+
+def test_mixed_prompts_lengths_samplers_and_seeds_give_what_each_gives_alone(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", context_size_tokens=16384) as bench:
+        same(bench.generate(*mixed_requests()), bench.alone(mixed_requests()))
+
+
+def test_what_others_cancel_midway_changes_nothing(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", context_size_tokens=16384) as bench:
+        alone = bench.alone(mixed_requests())
+        numbers = [bench.submit(message) for message in mixed_requests()]
+        cancelled = set(numbers[::3])
+        for step, number in enumerate(sorted(cancelled)):
+            bench.run(until=lambda step=step: len(bench.frames) % 97 > 3 * step)
+            bench.cancel(number)
+            bench.engine.step()
+        bench.run()
+        kept = [number for number in numbers if number not in cancelled]
+        same([bench.outputs[number] for number in kept], [alone[number - numbers[0]] for number in kept])
+
+
+def test_a_cancelled_generation_says_nothing_more_and_frees_its_slot(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", slot_count=1) as bench:
+        first = bench.submit(request("A", stop={"ignoreEos": True}))
+        second = bench.submit(request("B", stop={"maxTokens": 3}))
+        bench.run(until=lambda: first in bench.outputs and len(bench.outputs[first].deltas) == 5)
+        bench.cancel(first)
+        bench.run()
+        assert len(bench.outputs[first].deltas) == 5
+        assert not bench.outputs[first].updates[-1].HasField("finished")
+        assert bench.outputs[second].finished.usage.completion_tokens == 3
+
+
+def test_a_request_cancelled_in_the_queue_never_starts(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", slot_count=1) as bench:
+        bench.submit(request("A", stop={"maxTokens": 5}))
+        second = bench.submit(request("B"))
+        bench.cancel(second)
+        bench.cancel(999)
+        bench.run()
+        assert second not in bench.outputs
+
+
+def test_a_full_queue_refuses_and_serves_the_others(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", slot_count=2, queue_limit=1) as bench:
+        outputs = bench.generate(*[request("A", stop={"maxTokens": 4}) for _ in range(5)])
+        failures = [output.failure.reason if output.failure else "" for output in outputs]
+        assert failures == ["", "", "", "QUEUE_FULL", "QUEUE_FULL"]
+
+
+def test_preemption_changes_no_output_and_no_count(models_dir: Path) -> None:
+    requests = [
+        request(f"{WORDS[index]} {index}", stop={"maxTokens": 120, "ignoreEos": True}, logprobs=LOGPROBS)
+        for index in range(6)
+    ]
+    with lab(models_dir / "noise.gguf") as bench:
+        alone = bench.alone(requests)
+    with lab(models_dir / "noise.gguf", context_size_tokens=256) as tight:
+        assert tight.loaded.context_size == 256
+        together = tight.generate(*requests)
+        tight.engine.step()
+        assert tight.engine._scheduler.preemption_count > 2
+        same(together, alone)
+        starts = [sum(update.HasField("started") for update in output.updates) for output in together]
+        assert starts == [1] * 6
+
+
+def test_preemption_keeps_the_state_of_samplers_and_text(models_dir: Path) -> None:
+    requests = [
+        request(
+            WORDS[index],
+            sampling={"seed": index, "frequencyPenalty": 0.8, "penaltyLastTokens": -1},
+            stop={"maxTokens": 100, "ignoreEos": True, "stopSequences": ["never the lamp of"]},
+            logprobs=LOGPROBS,
+        )
+        for index in range(5)
+    ]
+    with lab(models_dir / "multibyte.gguf") as bench:
+        alone = bench.alone(requests)
+    with lab(models_dir / "multibyte.gguf", context_size_tokens=256) as tight:
+        same(tight.generate(*requests), alone)
+        assert tight.engine._scheduler.preemption_count > 0
+
+
+def test_a_cache_smaller_than_planned_with_is_made_do_with(models_dir: Path) -> None:
+    requests = [request(word, stop={"maxTokens": 100, "ignoreEos": True}, logprobs=LOGPROBS) for word in WORDS]
+    with lab(models_dir / "noise.gguf") as bench:
+        alone = bench.alone(requests)
+    with lab(models_dir / "noise.gguf", context_size_tokens=256, cells=4096) as tight:
+        same(tight.generate(*requests), alone)
+        assert tight.engine._scheduler.limits.cells <= 256 + len(WORDS)
+
+
+def test_choices_share_the_prompt_and_differ_by_their_seed(models_dir: Path) -> None:
+    sampling = {"temperature": 1.5, "topK": 0, "topP": 1, "minP": 0, "seed": 40}
+    prompt = "The lamp at the end of the pier is lit. " * 8
+    with lab(models_dir / "noise.gguf", slot_count=3) as bench:
+        (output,) = bench.generate(
+            request(prompt, sampling=sampling, choiceCount=5, stop={"maxTokens": 20}, logprobs=LOGPROBS)
+        )
+        assert output.finished.seed == 40
+        assert len({tuple(output.tokens(choice)) for choice in range(5)}) == 5
+        for choice in range(5):
+            alone = bench.generate(
+                request(
+                    prompt, sampling={**sampling, "seed": 40 + choice}, stop={"maxTokens": 20}, logprobs=LOGPROBS
+                )
+            )[0]
+            assert output.tokens(choice) == alone.tokens()
+        assert output.finished.usage.prompt_tokens == alone.finished.usage.prompt_tokens
+        assert output.finished.usage.completion_tokens == sum(len(output.tokens(i)) for i in range(5))
+
+
+def test_while_a_long_prompt_is_taken_in_streams_go_on_between_its_chunks(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", context_size_tokens=8192, target_step_milliseconds=10) as bench:
+        streams = [bench.submit(request(word, stop={"ignoreEos": True})) for word in WORDS[:4]]
+        bench.run(until=lambda: len(bench.frames) == 3)
+        long = bench.submit(request([5] * 2000, stop={"maxTokens": 1}, reportPromptProgress=True))
+        progress: list[int] = []
+        others: list[int] = []
+        while long not in bench.outputs or not bench.outputs[long].deltas:
+            bench.engine.step()
+            updates = {update.generation: update for update in bench.frames[-1].step.updates}
+            if long in updates:
+                progress.append(updates[long].prompt_progress.evaluated_tokens)
+            others.append(sum(len(updates[number].deltas.deltas) for number in streams))
+        assert others == [4] * len(others)
+        assert len(others) >= 2000 // 256
+        assert progress == sorted(set(progress))
+        assert progress[-1] == 2000
+
+
+def bench_frames(bench: Lab) -> list[int]:
+    return [len(frame.step.updates) for frame in bench.frames]
+
+
+def test_a_step_is_one_frame_with_the_news_of_all(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf") as bench:
+        bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in WORDS])
+        assert bench_frames(bench) == [8] * 6
