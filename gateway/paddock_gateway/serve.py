@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paddock_gateway.app import GatewayApp
 
 BACKLOG: Final = 2048
+MAX_PORT: Final = 65535
 KEEP_ALIVE_SECONDS: Final = 30
 """How long an idle connection is kept open for its next request."""
 
@@ -148,17 +149,20 @@ async def _stop(server: _Server, running: asyncio.Task[None], app: GatewayApp, d
 
 async def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens: an address that is taken is one clear error, before anything runs."""
+    if not 0 <= port <= MAX_PORT:  # getaddrinfo would quietly take another
+        message = f"Cannot listen on port {port} of {host}: ports go from 0 to {MAX_PORT}."
+        raise ListenError(message)
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, address = found[0][0], found[0][4]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ListenError(_why(error, host, port)) from error
 
 
 def _why(error: Exception, host: str, port: int) -> str:
-    """Say why listening failed; a port out of range and a malformed name are not OSErrors."""
+    """Say why listening failed; a malformed name is not an OSError."""
     if not isinstance(error, OSError):
         return f"Cannot listen on port {port} of {host}: {error}."
     if error.errno == errno.EADDRINUSE:
