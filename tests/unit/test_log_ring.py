@@ -165,7 +165,7 @@ async def test_a_follower_that_goes_away_leaves_nothing_behind() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
-    assert ring._waiters == []  # pyright: ignore[reportPrivateUsage]
+    assert ring._waiters == []
     ring.extend([line("a")])
     assert texts_of(await anext(ring.subscribe())) == ["a"]
 
@@ -197,7 +197,7 @@ def test_a_line_that_never_ends_takes_bounded_memory() -> None:
     for _ in range(1000):
         assert splitter.feed(b"x" * 4096) == []
 
-    assert len(splitter._partial) <= 4 * MAX_LINE_CHARACTERS  # pyright: ignore[reportPrivateUsage]
+    assert len(splitter._partial) <= 4 * MAX_LINE_CHARACTERS
     assert splitter.finish()[0].text == "x" * MAX_LINE_CHARACTERS
     assert splitter.finish() == []
 
