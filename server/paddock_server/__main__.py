@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from paddock_server.app import run
+from paddock_server.app import StartError, run
 from paddock_server.config import ConfigError, ServerConfig
 
 if __name__ == "__main__":
     try:
-        config = ServerConfig.load({})
-    except ConfigError as error:
+        run(ServerConfig.load({}))
+    except (ConfigError, StartError) as error:
         sys.exit(str(error))
-    sys.exit(run(config))

@@ -15,7 +15,6 @@ import structlog
 
 from paddock.api import ModelManagerApi
 from paddock_server.catalog import Catalog
-from paddock_server.config import ConfigError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
 from paddock_server.rpc.server import AddressInUseError, RpcServer
@@ -138,16 +137,11 @@ def run(
     *,
     attach: Attach | None = None,
     ready: Callable[[RunningServer], None] | None = None,
-) -> int:
-    """Configure logging, run a server until it is told to stop, and return the exit code: 0 or 1."""
+) -> None:
+    """Configure logging and run a server until it is told to stop. Raises `StartError`."""
     configure_logging(config.log_level, config.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        try:
-            runner.run(run_server(config, attach=attach, ready=ready))
-        except (StartError, ConfigError) as error:
-            log.exception("server_cannot_start", error=str(error))
-            return 1
-    return 0
+        runner.run(run_server(config, attach=attach, ready=ready))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

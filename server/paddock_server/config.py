@@ -78,6 +78,15 @@ class ServerConfig(BaseSettings):
     grpc_port: int = Field(50051, ge=0, le=65535)
     """Port the gRPC server listens on; 0 takes a free one."""
 
+    host: str = "127.0.0.1"
+    """Address `paddock up` serves HTTP on."""
+
+    port: int = Field(8080, ge=0, le=65535)
+    """Port `paddock up` serves HTTP on; 0 takes a free one."""
+
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins of web pages that may read answers over HTTP. In the environment, separated by commas."""
+
     reflection: bool = True
     """Whether gRPC reflection is on, so that grpcurl needs no protos."""
 
@@ -95,6 +104,13 @@ class ServerConfig(BaseSettings):
     def _split_models_dir(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part for part in value.split(os.pathsep) if part)
+        return value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_cors_origins(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @field_validator("models_dir")

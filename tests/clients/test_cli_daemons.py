@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from paddock.cli.app import app
-from paddock.cli.daemons import SERVER_FLAGS
+from paddock.cli.daemons import HTTP_FLAGS, SERVER_FLAGS
 from paddock.cli.failures import ExitCode
 from paddock_server import app as server_app
 from paddock_server.config import ServerConfig
@@ -35,12 +35,13 @@ class Runs:
     def __init__(self) -> None:
         self.configs: list[ServerConfig] = []
         self.options: dict[str, Any] = {}
-        self.exit_code = 0
+        self.failure: Exception | None = None
 
-    def __call__(self, config: ServerConfig, **options: Any) -> int:
+    def __call__(self, config: ServerConfig, **options: Any) -> None:
         self.configs.append(config)
         self.options = options
-        return self.exit_code
+        if self.failure is not None:
+            raise self.failure
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def taken_port() -> Generator[int]:
 
 
 def test_every_setting_of_the_server_is_a_flag() -> None:
-    assert set(SERVER_FLAGS) == set(ServerConfig.model_fields)
+    assert {*SERVER_FLAGS, *HTTP_FLAGS} == set(ServerConfig.model_fields)
 
 
 @pytest.mark.parametrize("command", ["up", "serve"])
@@ -86,10 +87,13 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert (result.exit_code, result.output) == (ExitCode.OK, "")
 
 
-def test_the_exit_code_of_the_server_is_that_of_the_command(runs: Runs, tmp_path: Path) -> None:
-    runs.exit_code = 1
+@pytest.mark.parametrize("command", ["up", "serve"])
+def test_what_keeps_a_server_from_starting_is_one_sentence(command: str, runs: Runs, tmp_path: Path) -> None:
+    runs.failure = server_app.StartError("The port is taken.")
 
-    assert paddock("serve", "--models-dir", str(tmp_path)).exit_code == 1
+    result = paddock(command, "--models-dir", str(tmp_path))
+
+    assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "Error: The port is taken.\n")
 
 
 def test_a_server_without_models_is_worth_a_note(runs: Runs) -> None:

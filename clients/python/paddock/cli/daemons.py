@@ -91,17 +91,34 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
 to the configuration file and to the default; ranges are checked there, for all of them alike."""
 
 
-def with_server_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags of the server. It gets those that were typed as `flags`."""
+HTTP_FLAGS: Final[Mapping[str, Any]] = {
+    "host": Annotated[str | None, typer.Option(help="Address the HTTP server listens on.")],
+    "port": Annotated[int | None, typer.Option(help="Port of the HTTP server; 0: a free one.")],
+    "cors_origins": Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", help="Origin of web pages that may read answers. Can be repeated."),
+    ],
+}
+"""The fields of `ServerConfig` that are about `up` alone."""
+
+
+def with_flags(
+    shared_flags: Mapping[str, Any],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of a table. It gets those that were typed as `flags`."""
+    return lambda command: _with_flags(command, shared_flags)
+
+
+def _with_flags(command: Callable[..., None], shared_flags: Mapping[str, Any]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in SERVER_FLAGS.items()
+        for name, annotation in shared_flags.items()
     ]
 
     @wraps(command)
     def typed(**values: Any) -> None:
-        given = {name: values.pop(name) for name in SERVER_FLAGS}
+        given = {name: values.pop(name) for name in shared_flags}
         command(**values, flags={name: value for name, value in given.items() if value is not None})
 
     typed.__annotations__ = {}
@@ -111,14 +128,8 @@ def with_server_flags(command: Callable[..., None]) -> Callable[..., None]:
     return typed
 
 
-@with_server_flags
-def up(
-    flags: Mapping[str, object],
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8080,
-    cors_origin: CorsOption = None,
-    config: ConfigOption = None,
-) -> None:
+@with_flags({**SERVER_FLAGS, **HTTP_FLAGS})
+def up(flags: Mapping[str, object], config: ConfigOption = None) -> None:
     """Serve models over gRPC and HTTP, in one process. Stops with Ctrl-C or SIGTERM."""
     with _extras("up", "server,gateway"):
         from paddock_gateway.app import GatewayOptions
@@ -131,10 +142,10 @@ def up(
 
     @contextlib.asynccontextmanager
     async def attach(api: ModelManagerApi) -> AsyncGenerator[Gateway]:
-        options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
+        options = GatewayOptions(cors_origins=settings.cors_origins)
         try:
             async with serve(
-                api, host, port, drain_seconds=settings.drain_seconds, options=options
+                api, settings.host, settings.port, drain_seconds=settings.drain_seconds, options=options
             ) as gateway:
                 _log_gateway(gateway)
                 gateways.append(gateway)
@@ -146,10 +157,11 @@ def up(
     def ready(server: RunningServer) -> None:
         _announce(settings, server.grpc_address, gateways[0].url)
 
-    raise typer.Exit(run(settings, attach=attach, ready=ready))
+    with _start_errors():
+        run(settings, attach=attach, ready=ready)
 
 
-@with_server_flags
+@with_flags(SERVER_FLAGS)
 def serve(flags: Mapping[str, object], config: ConfigOption = None) -> None:
     """Serve models over gRPC alone. Stops with Ctrl-C or SIGTERM."""
     with _extras("serve", "server"):
@@ -157,7 +169,8 @@ def serve(flags: Mapping[str, object], config: ConfigOption = None) -> None:
 
         _require_llama_cpp()
     settings = _server_config(flags, config)
-    raise typer.Exit(run(settings, ready=lambda server: _announce(settings, server.grpc_address, "")))
+    with _start_errors():
+        run(settings, ready=lambda server: _announce(settings, server.grpc_address, ""))
 
 
 def gateway(
@@ -201,6 +214,18 @@ def gateway(
             runner.run(run())
     except ListenError as error:
         output.error(f"{error} The flags are --host and --port.")
+        raise typer.Exit(ExitCode.FAILED) from error
+
+
+@contextlib.contextmanager
+def _start_errors() -> Generator[None]:
+    """Turn what keeps a server from starting into a sentence."""
+    from paddock_server.app import StartError
+
+    try:
+        yield
+    except StartError as error:
+        output.error(str(error))
         raise typer.Exit(ExitCode.FAILED) from error
 
 
