@@ -95,6 +95,7 @@ class ModelManager:
         self._catalog = catalog
         self._config = config
         self._actors: dict[str, Actor] = {}
+        self._actor_count = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._own_tasks: list[asyncio.Task[None]] = []
         self._changes = ChangeLog(self.instance_id, self._models)
@@ -359,7 +360,10 @@ class ModelManager:
             load_id_prefix=f"{self.instance_id}-{secrets.token_hex(3)}-",
             remembered=wish.filled(defaults) if wish is not None else None,
             problem=_problem(entry),
+            # A model that went and came back must not take messages meant for the one before it.
+            ticket=self._actor_count << 32,
         )
+        self._actor_count += 1
         actor = Actor(entry, state, self._tools)
         self._actors[entry.id] = actor
         self._tasks[entry.id] = self._task(actor.run(), f"model-{entry.id}")

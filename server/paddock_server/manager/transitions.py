@@ -34,7 +34,6 @@ from paddock_server.manager.messages import (
     FileFound,
     FileGone,
     LeaseReturned,
-    Leave,
     LoadAsked,
     LookAgain,
     Resume,
@@ -85,8 +84,7 @@ def step(state: ActorState, event: Event, now: float, limits: Limits) -> Step:
 def _admitted(turn: Turn, event: Admitted) -> None:
     state = turn.state
     if state.phase is not Phase.ADMITTING or event.ticket != state.ticket:
-        turn.do(Leave(event.ticket))
-        return
+        return  # Whoever withdrew has left already, so the room is not lost.
     turn.to(Phase.STARTING, "admitted")
     turn.do(ClearTimers((Timer.ADMISSION,)), StartWorker(state.load_number, state.options))
 

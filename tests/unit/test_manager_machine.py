@@ -1,0 +1,166 @@
+"""Whatever happens in whatever order, the rules of DESIGN.md section 3 hold. `World` checks them."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paddock.errors import Reason
+from paddock_server.manager import messages as m
+from paddock_server.manager.options import NO_WISH, Wish
+from paddock_server.manager.state import Phase
+from tests.unit.manager_world import DEFAULTS, Worker, World
+
+NAMES = ("a", "b", "c")
+names = st.sampled_from(NAMES)
+wishes = st.sampled_from([NO_WISH, Wish({"slot_count": 8}), Wish({"slot_count": 4}), Wish({}, 5.0)])
+reasons = st.sampled_from([Reason.WORKER_CRASHED, Reason.MODEL_CORRUPT, Reason.LOAD_STALLED])
+choice = st.integers(0, 1000)
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Callers, workers, the clock and the deliveries are all at the mercy of the search."""
+
+    world: World
+    closing = False
+
+    @initialize(models_max=st.sampled_from([1, 1, 2, 0]), waiting_max=st.sampled_from([8, 1]))
+    def begin(self, models_max: int, waiting_max: int) -> None:
+        self.world = World(NAMES, models_max, waiting_max)
+
+    def _known(self, name: str) -> bool:
+        return name in self.world.models
+
+    @rule(
+        name=names, wish=wishes, conflict=st.sampled_from(m.Conflict), timeout=st.sampled_from([None, 20.0])
+    )
+    def load(self, name: str, wish: Wish, conflict: m.Conflict, timeout: float | None) -> None:
+        if self._known(name):
+            self.world.load(name, wish, conflict, timeout)
+
+    @rule(name=names, autoload=st.sampled_from([True, True, True, False]))
+    def acquire(self, name: str, autoload: bool) -> None:
+        if self._known(name):
+            self.world.acquire(name, autoload=autoload)
+
+    @rule()
+    def dust_settles(self) -> None:
+        self.world.calm()
+
+    @rule(names=st.tuples(names, names))
+    def one_is_used_while_another_is_wanted(self, names: tuple[str, str]) -> None:
+        """The commonest race of all, found too seldom by chance."""
+        used, wanted = names
+        self.world.calm()
+        if self._known(used) and self._known(wanted):
+            self.world.acquire(wanted)
+            while self._known(wanted) and self.world.models[wanted].inbox:
+                self.world.deliver(wanted)
+            if self._known(used):
+                self.world.acquire(used)
+            while self.world.loop_inbox:
+                self.world.deliver_to_loop()
+
+    @rule(name=names, force=st.booleans())
+    def unload(self, name: str, force: bool) -> None:
+        if self._known(name):
+            self.world.unload(name, force=force)
+
+    @rule(name=names, pick=choice)
+    def caller_leaves(self, name: str, pick: int) -> None:
+        if self._known(name) and self.world.models[name].arrived:
+            arrived = self.world.models[name].arrived
+            caller = arrived[pick % len(arrived)]
+            if caller in self.world.pending:
+                self.world.abandon(name, caller)
+
+    @rule(name=names, pick=choice)
+    def lease_is_returned(self, name: str, pick: int) -> None:
+        if self._known(name) and self.world.models[name].holders:
+            holders = list(self.world.models[name].holders)
+            self.world.give_back(name, holders[pick % len(holders)])
+
+    @rule(name=names)
+    def worker_gets_on(self, name: str) -> None:
+        if not self._known(name):
+            return
+        for number, at in list(self.world.models[name].workers.items()):
+            if at is Worker.STARTING:
+                self.world.worker_ready(name, number)
+            elif at is Worker.STOPPING:
+                self.world.worker_fails(name, number, "")
+
+    @rule(name=names, reason=reasons)
+    def worker_fails(self, name: str, reason: str) -> None:
+        if self._known(name):
+            for number in list(self.world.models[name].workers):
+                self.world.worker_fails(name, number, reason)
+
+    @rule(name=names, count=st.integers(1, 4))
+    def actor_reads(self, name: str, count: int) -> None:
+        for _ in range(count):
+            if self._known(name) and self.world.models[name].inbox:
+                self.world.deliver(name)
+
+    @rule(count=st.integers(1, 4))
+    def loop_reads(self, count: int) -> None:
+        for _ in range(count):
+            if self.world.loop_inbox:
+                self.world.deliver_to_loop()
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 6.0, 11.0, 11.0, 700.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(name=names)
+    def file_goes_or_comes(self, name: str) -> None:
+        if not self._known(name):
+            self.world.add(name)
+        elif self.world.models[name].state.gone:
+            self.world.tell(name, m.FileFound(DEFAULTS, None))
+        else:
+            self.world.tell(name, m.FileGone())
+
+    @precondition(lambda self: not self.closing)
+    @rule(seldom=st.integers(0, 9))
+    def server_stops(self, seldom: int) -> None:
+        if seldom == 0:
+            self.closing = True
+            for name in self.world.models:
+                self.world.tell(name, m.CloseAsked(30.0))
+
+    @invariant()
+    def reservations_never_pass_the_limit(self) -> None:
+        world = self.world
+        assert not world.models_max or len(world.residency.held) <= world.models_max
+
+    @invariant()
+    def a_worker_has_a_reservation(self) -> None:
+        for name, model in self.world.models.items():
+            if model.workers:
+                assert name in self.world.residency.held
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.settle()
+        assert not world.pending, "everyone is answered in the end"
+        for model in world.models.values():
+            assert not model.view
+            assert not model.arrived
+            assert model.state.phase in {Phase.UNLOADED, Phase.FAILED, Phase.READY}
+            if self.closing and model.state.closing:
+                assert model.closed
+                assert not model.workers
+        assert not world.residency.waiting
+
+
+ManagerMachine.TestCase.settings = settings(
+    max_examples=120,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestManagerMachine = ManagerMachine.TestCase
