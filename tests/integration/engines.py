@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from google.protobuf import json_format
+
+from paddock.v1 import generation_pb2, model_manager_pb2
 from paddock_server.worker import llama
 from paddock_server.worker.engine import CancelCommand, Engine
 from paddock_server.worker.errors import WorkerError
@@ -14,8 +17,6 @@ from paddock_server.worker.loading import LoadedModel, load_model
 from paddock_server.worker.logs import NativeLog
 from paddock_server.worker.requests import Preparer
 from paddock_server.worker.v1 import worker_pb2
-
-from paddock.v1 import generation_pb2, model_manager_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -89,7 +90,7 @@ class Lab:
             if self.engine.idle or until():
                 return
             self.engine.step()
-        raise AssertionError(f"not done after {steps} steps")
+        pytest.fail(f"not done after {steps} steps")
 
     def generate(self, *requests: model_manager_pb2.GenerateRequest) -> list[Output]:
         """Run requests together, each to its end."""
@@ -158,4 +159,4 @@ def refusal(preparer: Preparer, message: model_manager_pb2.GenerateRequest) -> W
         preparer.generation(1, message).close()
     except WorkerError as error:
         return error
-    raise AssertionError("the request was not refused")
+    pytest.fail("the request was not refused")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from google.protobuf import json_format
 
-from paddock.v1 import generation_pb2, model_manager_pb2
 from tests.integration.engines import Lab, Output, lab, request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from paddock.v1 import model_manager_pb2
 
 WORDS = ("The lamp", "A small boat", "Nobody", "In the morning", "They drink", "Ropes", "It is", "Fish")
 LOGPROBS = {"topCount": 0}  # brings the token ids along
@@ -151,7 +154,9 @@ def test_preemption_keeps_the_state_of_samplers_and_text(models_dir: Path) -> No
 
 
 def test_a_cache_smaller_than_planned_with_is_made_do_with(models_dir: Path) -> None:
-    requests = [request(word, stop={"maxTokens": 100, "ignoreEos": True}, logprobs=LOGPROBS) for word in WORDS]
+    requests = [
+        request(word, stop={"maxTokens": 100, "ignoreEos": True}, logprobs=LOGPROBS) for word in WORDS
+    ]
     with lab(models_dir / "noise.gguf") as bench:
         alone = bench.alone(requests)
     with lab(models_dir / "noise.gguf", context_size_tokens=256, cells=4096) as tight:
@@ -160,23 +165,25 @@ def test_a_cache_smaller_than_planned_with_is_made_do_with(models_dir: Path) -> 
 
 
 def test_choices_share_the_prompt_and_differ_by_their_seed(models_dir: Path) -> None:
-    sampling = {"temperature": 1.5, "topK": 0, "topP": 1, "minP": 0, "seed": 40}
-    prompt = "The lamp at the end of the pier is lit. " * 8
-    with lab(models_dir / "noise.gguf", slot_count=3) as bench:
-        (output,) = bench.generate(
-            request(prompt, sampling=sampling, choiceCount=5, stop={"maxTokens": 20}, logprobs=LOGPROBS)
+    def sampled(seed: int, choices: int) -> model_manager_pb2.GenerateRequest:
+        return request(
+            "The lamp at the end of the pier is lit. " * 8,
+            sampling={"temperature": 1.5, "topK": 0, "topP": 1, "minP": 0, "seed": seed},
+            choiceCount=choices,
+            stop={"maxTokens": 20},
+            logprobs=LOGPROBS,
         )
-        assert output.finished.seed == 40
-        assert len({tuple(output.tokens(choice)) for choice in range(5)}) == 5
-        for choice in range(5):
-            alone = bench.generate(
-                request(
-                    prompt, sampling={**sampling, "seed": 40 + choice}, stop={"maxTokens": 20}, logprobs=LOGPROBS
-                )
-            )[0]
-            assert output.tokens(choice) == alone.tokens()
-        assert output.finished.usage.prompt_tokens == alone.finished.usage.prompt_tokens
-        assert output.finished.usage.completion_tokens == sum(len(output.tokens(i)) for i in range(5))
+
+    with lab(models_dir / "noise.gguf", slot_count=3) as bench:
+        (output,) = bench.generate(sampled(40, 5))
+        alone = bench.alone(sampled(40 + choice, 1) for choice in range(5))
+    together = [output.tokens(choice) for choice in range(5)]
+    assert together == [other.tokens() for other in alone]
+    assert len({tuple(tokens) for tokens in together}) == 5
+    usage = output.finished.usage
+    assert usage.prompt_tokens == alone[0].finished.usage.prompt_tokens
+    assert usage.completion_tokens == sum(len(tokens) for tokens in together)
+    assert output.finished.seed == 40
 
 
 def test_while_a_long_prompt_is_taken_in_streams_go_on_between_its_chunks(models_dir: Path) -> None:

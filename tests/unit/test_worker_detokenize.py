@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from paddock_server.worker.detokenize import TextStream
 
 STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=4)
@@ -34,7 +37,7 @@ def expected(text: str, stops: list[str]) -> tuple[str, str]:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 @given(TEXTS, STOPS, st.lists(st.integers(min_value=0), max_size=8))

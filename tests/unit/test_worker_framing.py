@@ -5,6 +5,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paddock_server.worker.framing import MAX_FRAME_BYTES, FrameDecoder, FrameError, encode_frame
 from paddock_server.worker.v1 import worker_pb2
 

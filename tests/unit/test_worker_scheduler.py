@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from paddock_server.worker.scheduler import FIRST_CHUNK_TOKENS, Limits, Plan, Scheduler
 from paddock_server.worker.sequence import NO_SLOT, Sequence
 

@@ -114,7 +114,7 @@ def constrain(constraint: generation_pb2.OutputConstraint, vocab: llama.Vocab) -
             constraint.json_schema if kind == "json_schema" else _JSON_OBJECT_SCHEMA, field
         )
     _check_size(text, field)
-    grammar = Grammar.parse(vocab, text)
+    grammar = Grammar.parse(vocab, text) if text.strip() else None
     if grammar is None:
         raise _invalid_grammar(field, "is not a GBNF grammar with a rule named root; see the model's log")
     return Constraint(grammar, Candidates(vocab.size))

@@ -46,7 +46,7 @@ _SHARD: Final = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\
 _UNSUPPORTED: Final = re.compile(
     r"unknown model architecture|unsupported model architecture|unknown (pre-)?tokenizer|"
     r"no longer supported|only supports up to version|not supported|does not support|not implemented|"
-    r"cannot be used as main model|requires ctx_other",
+    r"cannot be used as main model|requires ctx_other|endianness",
     re.IGNORECASE,
 )
 _NO_MEMORY: Final = re.compile(
@@ -179,7 +179,7 @@ def load_model(
     check_load(request)
     progress = Progress(report, aborted)
     progress.begin(worker_pb2.LOAD_STAGE_WEIGHTS)
-    log.take_problems()
+    log.take_errors()
     model = _load_weights(request, log, progress)
     try:
         progress.advance(1.0)
@@ -223,12 +223,11 @@ def _load_weights(request: worker_pb2.Load, log: NativeLog, progress: Progress) 
     try:
         read_ahead(shards_of(path), lambda fraction: progress.advance(READING_SHARE * fraction))
     except OSError as error:
+        file = str(error.filename or path)
         what = error.strerror or str(error)
-        raise WorkerError(
-            Reason.MODEL_CORRUPT,
-            f"{path} cannot be read: {what}",
-            metadata={"file": path, "what": what},
-        ) from error
+        text = f"{path} cannot be loaded: {file} cannot be read: {what}"
+        metadata = {"file": path, "what": f"{file}: {what}"}
+        raise WorkerError(Reason.MODEL_CORRUPT, text, metadata=metadata) from error
     progress.check()
     model = llama.Model.load(
         path,
@@ -237,7 +236,7 @@ def _load_weights(request: worker_pb2.Load, log: NativeLog, progress: Progress) 
     )
     if model is None:
         progress.check()
-        raise classify(path, log.take_problems())
+        raise classify(path, log.take_errors())
     if model.is_diffusion or (model.has_encoder and model.has_decoder):
         kind = "diffusion" if model.is_diffusion else "encoder-decoder"
         model.close()
@@ -336,13 +335,13 @@ def _open(model: llama.Model, request: worker_pb2.Load, log: NativeLog) -> Loade
     else:
         context = open_embedding_context(model, token_limit=embed_limit, thread_count=threads)
     if context is None:
-        raise classify(request.model_path, log.take_problems())
+        raise classify(request.model_path, log.take_errors())
     if generates and not context.has_memory:
         context.close()
         context = open_embedding_context(model, token_limit=embed_limit, thread_count=threads)
         generates = False
         if context is None:
-            raise classify(request.model_path, log.take_problems())
+            raise classify(request.model_path, log.take_errors())
     cells = context.context_size
     return LoadedModel(
         model=model,
@@ -377,23 +376,23 @@ def _warm_up(loaded: LoadedModel) -> None:
     context.clear()
 
 
-def classify(path: str, problems: Sequence[str]) -> WorkerError:
-    """Return the error for a file that llama.cpp refused, from the warnings and errors it logged."""
-    lines = [_ORIGIN.sub("", line).strip() for line in problems]
-    named = [line for line, raw in zip(lines, problems, strict=True) if "error loading model" in raw]
-    reason = Reason.MODEL_CORRUPT
-    cause = named[-1] if named else (lines[0] if lines else "llama.cpp gave no reason")
+def classify(path: str, errors: Sequence[str]) -> WorkerError:
+    """Return the error for a file llama.cpp refused, from the errors it logged: the first is the cause."""
+    lines = [_ORIGIN.sub("", line).strip() for line in errors] or ["llama.cpp gave no reason"]
+    reason, cause = Reason.MODEL_CORRUPT, lines[0]
     for pattern, candidate in _CAUSES.items():
         match = next((line for line in lines if pattern.search(line)), None)
         if match is not None:
             reason, cause = candidate, match
             break
-    return WorkerError(reason, f"{path} cannot be loaded: {cause}", metadata={"file": path, "what": cause})
+    text = f"{path} cannot be loaded: {cause}"
+    return WorkerError(reason, text, metadata={"file": path, "what": cause})
 
 
 _CAUSES: Final[Mapping[re.Pattern[str], Reason]] = MappingProxyType(
     {_NO_MEMORY: Reason.INSUFFICIENT_MEMORY, _UNSUPPORTED: Reason.UNSUPPORTED_MODEL}
 )
+"""Everything else is a corrupt file."""
 
 
 def physical_core_count() -> int:

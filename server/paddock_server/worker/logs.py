@@ -1,4 +1,4 @@
-"""llama.cpp's log: every line to standard error, the bad ones kept until a load asks what went wrong."""
+"""llama.cpp's log: every line to standard error, errors kept until a load asks what went wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NativeLog:
     def __init__(self) -> None:
         debug = os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}
         self._lowest = llama.LOG_DEBUG if debug else llama.LOG_INFO
-        self._problems: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._errors: deque[str] = deque(maxlen=_KEPT_LINES)
         self._lock = threading.Lock()
 
     def install(self) -> None:
@@ -33,15 +33,15 @@ class NativeLog:
         """Take a line."""
         if level < self._lowest or not line:
             return
-        if level >= llama.LOG_WARN:
-            self._problems.append(line)
+        if level >= llama.LOG_ERROR:
+            self._errors.append(line)
         data = line.encode("utf-8", "replace") + b"\n"
         with self._lock:
             while data:
                 data = data[os.write(_STDERR, data) :]
 
-    def take_problems(self) -> list[str]:
-        """Return the warnings and errors since the last call, oldest first."""
-        problems = list(self._problems)
-        self._problems.clear()
-        return problems
+    def take_errors(self) -> list[str]:
+        """Return the error lines since the last call, oldest first."""
+        errors = list(self._errors)
+        self._errors.clear()
+        return errors

@@ -10,6 +10,7 @@ heartbeat says every two seconds that the process lives, also while everything e
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
@@ -57,6 +58,7 @@ class WorkerProcess:
         self._cells = 0
         self._most_waiting = 0
         self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int] = queue.SimpleQueue()
+        self._preparing: set[int] = set()
         self._calls: queue.SimpleQueue[worker_pb2.Call] = queue.SimpleQueue()
 
     def serve(self) -> None:
@@ -90,17 +92,19 @@ class WorkerProcess:
             raise ProtocolError(text)
 
     def _start(self, start: worker_pb2.Start) -> None:
-        if self._engine is not None and self._starts.qsize() > self._most_waiting:
+        if self._engine is not None and len(self._preparing) > self._most_waiting:
             error = WorkerError(Reason.QUEUE_FULL, "Too many requests wait to be prepared.")
             self._refuse(start.generation, error)
         else:
+            self._preparing.add(start.generation)
             self._starts.put((start, perf_counter()))
 
     def _cancel(self, generation: int) -> None:
-        """Cancel at once what the engine has, and, behind it in the queue, what is still being prepared."""
-        if self._engine is not None:
+        """Cancel what the engine has at once, and what is still being prepared behind it in the queue."""
+        if generation in self._preparing:
+            self._starts.put(generation)
+        elif self._engine is not None:
             self._engine.cancel(generation)
-        self._starts.put(generation)
 
     def _load_and_compute(self) -> None:
         """Body of the engine thread."""
@@ -141,6 +145,7 @@ class WorkerProcess:
                 self._refuse(start.generation, error)
             else:
                 engine.post(prepared)
+            self._preparing.discard(start.generation)
 
     def _answer(self, engine: Engine, preparer: Preparer) -> None:
         """Body of the answer thread."""
@@ -185,4 +190,7 @@ class WorkerProcess:
 
 
 def _start_thread(name: str, target: Callable[..., None], *args: object) -> None:
+    """Start a thread that never takes SIGTERM: it must interrupt the main thread, which handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=target, args=args, name=name, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -21,8 +20,8 @@ __all__ = ["TemplateError", "TemplateSyntaxError", "compile_template"]
 MOST_REPEATED: Final = 1024 * 1024
 """Longest sequence that `*` may make, in elements."""
 
-MOST_EXPONENT: Final = 64
-"""Largest exponent of `**`."""
+MOST_BITS: Final = 4096
+"""Longest integer that `*` and `**` may make."""
 
 Value = Any
 """Whatever a template may hold: JSON values and functions."""
@@ -61,20 +60,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def check_growth(name: str, left: Value, right: Value) -> None:
-    """Refuse a power or a repetition whose result is huge.
+    """Refuse a product, a power or a repetition whose result is huge; `name` is the operator.
 
     Raises:
         ValueError: It is.
     """
-    if name == "**":
-        if not abs(right) <= MOST_EXPONENT:
-            text = f"an exponent over {MOST_EXPONENT}"
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * max(right, 0) if name == "**" else left.bit_length() + right.bit_length()
+        if bits > MOST_BITS:
+            text = f"a number of more than {MOST_BITS} bits"
             raise ValueError(text)
         return
     for sequence, count in ((left, right), (right, left)):
-        if isinstance(sequence, str | bytes | list | tuple):
+        if isinstance(sequence, str | bytes | list | tuple) and isinstance(count, int):
             length = len(sequence)  # pyright: ignore[reportUnknownArgumentType]
-            if operator.index(count) * length > MOST_REPEATED:
+            if count * length > MOST_REPEATED:
                 text = f"a repetition of more than {MOST_REPEATED} elements"
                 raise ValueError(text)
 

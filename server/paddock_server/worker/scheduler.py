@@ -36,10 +36,10 @@ LONGEST_STEP: Final = 2.0
 """A step with prompt tokens may take this many times a step without, when that is over the target."""
 
 PROBE_STEPS: Final = 8
-"""While prompts come in beside streams, every step of this number goes without, to see what streams alone take.
+"""While prompts come in beside streams, one step in this many goes without, to see what streams take.
 
-That figure would else grow stale during a long prompt, and with it the chunks wrong: small for ever on a machine that
-has become slower, too large on one that has become faster.
+Else that figure would grow stale during a long prompt, and with it the chunks wrong: small for ever on a
+machine that has become slower, too large on one that has become faster.
 """
 
 _SMOOTHING: Final = 0.4
