@@ -39,22 +39,27 @@ def open_descriptors() -> Counter[str]:
     return found
 
 
-def workers_left() -> list[str]:
-    """Return the command lines of this process' workers and of what they left behind."""
+def descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def workers_left(others: set[psutil.Process]) -> list[str]:
+    """Return the command lines of this process' workers and of what they left behind, apart from `others`."""
     left: list[str] = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or ())
         if f"--parent-pid {os.getpid()}" in command and process.info["status"] != psutil.STATUS_ZOMBIE:
             left.append(command)
-    return [*left, *(f"child {child.pid}" for child in psutil.Process().children(recursive=True))]
+    return [*left, *(f"child {child.pid}" for child in descendants() - others)]
 
 
 @pytest.fixture(autouse=True)
 async def nothing_is_left() -> AsyncIterator[None]:
     """Fail a test that leaves a process or an open descriptor."""
     before = open_descriptors()
+    others = descendants()  # a server that other tests share
     yield
-    await eventually(lambda: not workers_left(), workers_left)
+    await eventually(lambda: not workers_left(others), lambda: workers_left(others))
     await eventually(lambda: open_descriptors() <= before, lambda: open_descriptors() - before)
 
 
