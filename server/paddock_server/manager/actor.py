@@ -162,24 +162,30 @@ class Actor:
 
     async def run(self) -> None:
         """Read the inbox until cancelled. Whatever ends it, nobody is left waiting for an answer."""
+        message: Message = m.Resumed()
         try:
             while True:
-                self._receive(await self._inbox.get())
+                message = await self._inbox.get()
+                self._receive(message)
         finally:
-            self._end()
+            self._end(message)
 
-    def _end(self) -> None:
+    def _end(self, last: Message) -> None:
+        """Turn everybody away. `last` is the message a bug was met at, if one was."""
         self._ended = True
         failure = self._end_failure()
         self._clear_timers(m.ClearTimers(tuple(m.Timer)))
         for caller in (*self.state.waiters, *self.state.unloads):
             self._refuse(m.Refuse(caller, failure))
         self._end_load(m.EndLoad(failure))
+        self._turn_away(last, failure)
         while not self._inbox.empty():
             self._turn_away(self._inbox.get_nowait(), failure)
         if self._run is not None:
             self._run.stop(failure.reason)
+            self._run = None
         self._tools.surroundings.leave(self.state.model, self.state.ticket)
+        self.state = replace(self.state, phase=Phase.FAILED, failure=failure, waiters=(), unloads=())
         self.closed.set()
 
     def _end_failure(self) -> failures.Failure:

@@ -44,8 +44,9 @@ class DesiredLoads:
         """`path` is the file; None keeps nothing."""
         self._path = path
         self._loads: dict[str, dict[str, Any]] = {}
-        self._dirty = asyncio.Event()
+        self._unwritten = False
         self._closing = False
+        self._wake = asyncio.Event()
 
     async def read(self) -> dict[str, Wish]:
         """Return what was loaded, in order, with all options. A file that is no good is set aside with a
@@ -73,14 +74,19 @@ class DesiredLoads:
             self._loads[model] = asdict(options)
         elif known is None:
             return
-        self._dirty.set()
+        self._unwritten = True
+        self._wake.set()
 
     async def run(self) -> None:
         """Write the file whenever something has changed, until `close`."""
-        while not self._closing:
-            await self._dirty.wait()
-            self._dirty.clear()
-            if self._path is None:
+        closing = False
+        while not closing:
+            await self._wake.wait()
+            self._wake.clear()
+            # Both before the write: what is put while it goes on needs another.
+            closing = self._closing
+            unwritten, self._unwritten = self._unwritten, False
+            if self._path is None or not unwritten:
                 continue
             loads = [{"model": model, "options": options} for model, options in self._loads.items()]
             text = json.dumps({"version": VERSION, "loads": loads}, indent=1, ensure_ascii=False)
@@ -90,9 +96,9 @@ class DesiredLoads:
                 log.warning("state_file_not_written", path=str(self._path), error=str(error))
 
     def close(self) -> None:
-        """Have `run` write once more and end."""
+        """Have `run` write what is unwritten, and end."""
         self._closing = True
-        self._dirty.set()
+        self._wake.set()
 
 
 def read_state(path: Path) -> dict[str, Wish]:

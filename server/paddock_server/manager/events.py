@@ -69,6 +69,11 @@ class ChangeLog:
         self.revision = 0
         """Number of the latest change."""
 
+    @property
+    def watcher_count(self) -> int:
+        """Watches that are open."""
+        return len(self._watchers)
+
     def changed(self, model: model_pb2.Model, previous_state: model_pb2.ModelState.ValueType) -> None:
         """Publish a model that appeared or changed."""
         self._publish(pb.WatchResponse(changed=pb.ModelChanged(model=model, previous_state=previous_state)))

@@ -236,7 +236,7 @@ class ModelManager:
         Raises:
             PaddockError: there is no such model, it may not or cannot be loaded, or too many wait for it.
         """
-        actor = await self._actor(model)
+        actor = await self._actor_to_load(model)
         loop = asyncio.get_running_loop()
         caller = Acquiring(loop.create_future(), loop.time())
         if autoload == pb.AUTOLOAD_POLICY_UNSPECIFIED:
@@ -300,19 +300,25 @@ class ModelManager:
     # Finding models
 
     async def _actor(self, model: str) -> Actor:
-        """Return the actor of a model, after looking on disk if it is unknown or was found to be broken."""
-        actor = self._actors.get(model)
-        if actor is None or actor.entry.problem is not None or actor.state.held_until == NEVER:
-            if self._closing:
-                raise failures.shutting_down().error()
+        """Return the actor of a model; an unknown one is looked for on disk first."""
+        if model not in self._actors:
             await self._scan_soon()
-            actor = self._actors.get(model)
-        if actor is None:
-            raise ModelNotFoundError.of(model)
-        return actor
+        try:
+            return self._actors[model]
+        except KeyError:
+            raise ModelNotFoundError.of(model) from None
+
+    async def _actor_to_load(self, model: str) -> Actor:
+        """Return the actor of a model to load; the file of a broken one may be another by now."""
+        actor = self._actors.get(model)
+        if actor is not None and (actor.entry.problem is not None or actor.state.held_until == NEVER):
+            await self._scan_soon()
+        return await self._actor(model)
 
     async def _scan_soon(self) -> None:
         """Wait for a scan that begins after this call. Any number of callers share one a second."""
+        if self._closing:
+            raise failures.shutting_down().error()
         if self._next_scan is None:
             self._next_scan = self._task(self._scan_when_due(), "catalog-scan")
         await asyncio.shield(self._next_scan)
@@ -372,7 +378,7 @@ class ModelManager:
     async def _load_target(self, request: pb.LoadRequest) -> Actor:
         """Return the actor a `LoadRequest` means, after checking its source."""
         if not request.HasField("source"):
-            return await self._actor(request.model)
+            return await self._actor_to_load(request.model)
         match request.source.WhichOneof("source"):
             case "local":
                 path = request.source.local.path
@@ -391,7 +397,7 @@ class ModelManager:
             raise InvalidFieldError.of(error.field, error.message) from error
         if entry.id == request.model and request.model not in self._actors:
             self._mentioned[entry.id] = path
-        actor = await self._actor(request.model)
+        actor = await self._actor_to_load(request.model)
         if actor.entry.path != entry.path:
             msg = "source.local.path"
             raise InvalidFieldError.of(

@@ -34,6 +34,11 @@ class Subscription:
         self.closed = False
         """Whether the caller has gone."""
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether `next` would return at once."""
+        return bool(self._events) or self._ended
+
     def push(self, event: pb.LoadResponse) -> None:
         """Add an event; it takes the place of an unread `advanced` of the same stage."""
         if self._events and _is_advance(event) and _is_advance(self._events[-1]):

@@ -1,0 +1,164 @@
+"""What the operator loaded comes back after a restart of the server."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
+from paddock_server.manager.desired import StateFileError, read_state, write_atomically
+from paddock_server.manager.options import Wish
+from tests.unit.manager_fakes import Server, loads, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LOADED = model_pb2.MODEL_STATE_LOADED
+
+
+@pytest.fixture
+def state_file(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "loads.json"
+
+
+def loaded(server: Server) -> list[str]:
+    return [model.id for model in server.manager.snapshots()[0] if model.state == LOADED]
+
+
+async def test_loads_come_back_with_their_options_and_others_do_not(state_file: Path) -> None:
+    async with Server("a", "b", "c", state_file=state_file) as server:
+        options = model_pb2.RuntimeOptions(slot_count=2)
+        options.idle_timeout.FromSeconds(600)
+        await loads(server.manager, "a", runtime_options=options)
+        await loads(server.manager, "b")
+        await server.manager.unload(pb.UnloadRequest(model="b"))
+        async with await server.manager.acquire("c"):
+            pass
+    async with Server("a", "b", "c", state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a"])
+        in_effect = (await server.manager.snapshot("a")).runtime_options
+        assert (in_effect.slot_count, in_effect.idle_timeout.seconds) == (2, 600)
+
+
+async def test_a_load_is_on_disk_while_the_server_runs(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+        await until(state_file.exists)
+        assert read_state(state_file).keys() == {"a"}
+
+
+async def test_a_load_that_was_evicted_is_remembered(state_file: Path) -> None:
+    async with Server("a", "b", models_max=1, state_file=state_file) as server:
+        await loads(server.manager, "a")
+        async with await server.manager.acquire("b"):
+            pass
+    assert read_state(state_file).keys() == {"a"}
+
+
+async def test_no_more_come_back_than_there_is_room_for_and_the_latest_do(state_file: Path) -> None:
+    async with Server("a", "b", "c", state_file=state_file) as server:
+        for model in ("c", "a", "b"):
+            await loads(server.manager, model)
+    async with Server("a", "b", "c", models_max=2, state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a", "b"])
+        assert len(server.launcher.workers) == 2
+
+
+async def test_a_model_that_is_not_there_is_kept_for_when_it_is(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+    async with Server("b", state_file=state_file) as server:
+        await loads(server.manager, "b")
+        server.catalog.touch("b")
+    assert list(read_state(state_file)) == ["a", "b"]
+
+
+async def test_requests_bring_a_remembered_model_back_as_it_was(state_file: Path) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+        await loads(server.manager, "b")
+    async with Server("a", "b", models_max=1, state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["b"])
+        async with await server.manager.acquire("a"):
+            assert (await server.manager.snapshot("a")).runtime_options.slot_count == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"version": 2, "loads": []}',
+        b'{"version": 1}',
+        b'{"version": 1, "loads": [{"model": 7, "options": {}}]}',
+        b'{"version": 1, "loads": [{"model": "a", "options": {"slot_count": -5}}]}',
+        b'{"version": 1, "loads": [{"model": "a", "options": 3}]}',
+        b"[" * 100_000,
+    ],
+)
+async def test_a_corrupt_file_is_set_aside_and_the_server_starts(state_file: Path, content: bytes) -> None:
+    write_atomically(state_file, content)
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+    assert state_file.with_name("loads.json.corrupt").read_bytes() == content
+    assert read_state(state_file).keys() == {"a"}
+
+
+async def test_a_file_that_cannot_be_written_does_not_stop_the_server(
+    state_file: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_atomically(state_file.parent, b"a file where a directory should be")
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+    assert "state_file_not_written" in caplog.text + "".join(capsys.readouterr())
+
+
+async def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
+    async with Server("a", state_file=None) as server:
+        await loads(server.manager, "a")
+    assert os.listdir(tmp_path) == []  # noqa: PTH208  # the test is over
+
+
+async def test_a_server_that_loads_nothing_writes_nothing(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server, await server.manager.acquire("a"):
+        pass
+    assert not os.path.lexists(state_file)  # the test is over
+
+
+def test_a_crash_while_writing_leaves_the_old_file(state_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(state_file, b"old")
+
+    def full(_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(state_file, b"new")
+    assert state_file.read_bytes() == b"old"
+    assert [path.name for path in state_file.parent.iterdir()] == ["loads.json"]
+
+
+def test_an_absent_file_is_empty(state_file: Path) -> None:
+    assert read_state(state_file) == {}
+
+
+def test_a_file_of_a_later_release_is_read_as_far_as_it_is_understood(state_file: Path) -> None:
+    state_file.parent.mkdir()
+    loads = [{"model": "a", "options": {"slot_count": 2, "new": True}, "pinned": True}]
+    state_file.write_text(json.dumps({"version": 1, "loads": loads, "more": []}))
+    assert read_state(state_file) == {"a": Wish({"slot_count": 2})}
+
+
+def test_a_huge_file_is_not_read(state_file: Path) -> None:
+    state_file.parent.mkdir()
+    with state_file.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(StateFileError, match="larger"):
+        read_state(state_file)
