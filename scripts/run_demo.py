@@ -18,7 +18,8 @@ from steps import CACHE, ROOT, VENV, StepError, fail, run, say
 
 PADDOCK = VENV / "bin" / "paddock"
 MODEL = "noise"
-PROMPT = "Once upon a time"
+PROMPT = "Tell me a story."
+MAX_TOKENS = 120
 MODELS_DIR = ROOT / "build" / "demo-models"
 SERVER_LOG = CACHE / "logs" / "server.log"
 
@@ -55,9 +56,9 @@ def show(port: int, grpc_port: int) -> None:
         wait_until_listening(server, port, grpc_port)
         say(f"loading the model {MODEL}")
         paddock(grpc_port, "load", MODEL)
-        say(f'asking it to go on from "{PROMPT}"; its weights are random, so what follows is noise:')
+        say(f'asking it: "{PROMPT}" Its weights are random, so what it answers is noise:')
         print(flush=True)
-        paddock(grpc_port, "run", MODEL, PROMPT)
+        paddock(grpc_port, "run", MODEL, PROMPT, "--max-tokens", str(MAX_TOKENS))
         tell_what_next(port, grpc_port)
         server.wait()
     except KeyboardInterrupt:
@@ -80,7 +81,9 @@ def make_model() -> None:
 
 def start_server(port: int, grpc_port: int) -> subprocess.Popen[bytes]:
     """Starts `paddock up`, its log in a file so that the terminal belongs to the answer."""
-    command = [PADDOCK, "up", "--models-dir", MODELS_DIR, "--port", str(port), "--grpc-port", str(grpc_port)]
+    ports = ("--port", str(port), "--grpc-port", str(grpc_port))
+    # Without a memory of earlier runs: a model loaded then would be loaded before anybody can watch.
+    command = [PADDOCK, "up", "--models-dir", MODELS_DIR, "--state-dir", "", *ports]
     say(f"starting the server: paddock up --models-dir {MODELS_DIR.relative_to(ROOT)}")
     SERVER_LOG.parent.mkdir(parents=True, exist_ok=True)
     with SERVER_LOG.open("wb") as log:
