@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import llama_cpp as lib
+import llama_cpp.llama_cpp as lib
 import numpy as np
 
 if TYPE_CHECKING:
