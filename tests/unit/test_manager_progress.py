@@ -120,6 +120,14 @@ async def test_a_warning_breaks_its_stage_off_and_the_next_attempt_begins_anew(v
     assert events[1].progress.warning.failure.signal == "SIGSEGV"
 
 
+async def test_the_first_end_is_the_end(view: LoadView) -> None:
+    subscription = Subscription()
+    view.attach(subscription)
+    view.end(LOADED)
+    view.fail(Failure(Reason.SHUTTING_DOWN, "too late"))
+    assert await rest(subscription) == [LOADED]
+
+
 def test_those_who_have_gone_are_forgotten(view: LoadView) -> None:
     gone, there = Subscription(), Subscription()
     view.attach(gone)

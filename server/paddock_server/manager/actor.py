@@ -11,18 +11,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import structlog
 
+from paddock.errors import Reason
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import CatalogEntry
 from paddock_server.manager import failure as failures
 from paddock_server.manager import messages as m
+from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.lease import Lease
-from paddock_server.manager.options import load_frame
+from paddock_server.manager.loop import Committed, Entered, Leaving, Left, Looked, ManagerLoop, Stayed
+from paddock_server.manager.options import Options, load_frame
 from paddock_server.manager.progress import LoadView, Subscription
 from paddock_server.manager.residency import Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from paddock.v1 import model_pb2
-    from paddock_server.manager.options import Options
     from paddock_server.manager.run import LiveWorker
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -49,42 +51,6 @@ _STAGES: Final = {
 }
 
 
-class Surroundings(Protocol):
-    """What an actor tells the rest of the manager. None of it waits."""
-
-    def enter(self, actor: Actor, ticket: int, options: Options) -> None:
-        """Ask for room."""
-        ...
-
-    def commit(self, model: str, ticket: int, resident_bytes: int) -> None:
-        """The model is loaded."""
-        ...
-
-    def releasing(self, model: str, ticket: int) -> None:
-        """The worker is being stopped."""
-        ...
-
-    def leave(self, model: str, ticket: int) -> None:
-        """The room is free, or not wanted any more."""
-        ...
-
-    def eviction_refused(self, model: str, ticket: int) -> None:
-        """The model stays."""
-        ...
-
-    def look_again(self) -> None:
-        """Something changed that a plan may depend on."""
-        ...
-
-    def remember(self, actor: Actor, options: Options | None) -> None:
-        """Keep an operator's load over a restart, or forget it."""
-        ...
-
-    def vanished(self, model: str) -> None:
-        """The model is gone for good."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What actors work with. Shared by all of them."""
@@ -93,7 +59,13 @@ class Tools:
     config: ManagerConfig
     limits: Limits
     changes: ChangeLog
-    surroundings: Surroundings
+    admission: Admission
+    loop: ManagerLoop
+    remember: Callable[[str, Options | None], None]
+    """Keeps an operator's load over a restart, or forgets it."""
+
+    vanished: Callable[[str], None]
+    """Called when a model is gone for good."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,8 +156,10 @@ class Actor:
         if self._run is not None:
             self._run.stop(failure.reason)
             self._run = None
-        self._tools.surroundings.leave(self.state.model, self.state.ticket)
-        self.state = replace(self.state, phase=Phase.FAILED, failure=failure, waiters=(), unloads=())
+        self._tools.loop.tell(Left(self.state.model, self.state.ticket))
+        if failure.reason == Reason.INTERNAL:
+            old, self.state = self.state, replace(self.state, phase=Phase.FAILED, failure=failure)
+            self._tools.changes.changed(self.snapshot(), public_state(old))
         self.closed.set()
 
     def _end_failure(self) -> failures.Failure:
@@ -320,7 +294,7 @@ class Actor:
 
     def _carry_out(self, effect: m.Effect) -> None:
         model = self.state.model
-        around = self._tools.surroundings
+        tools = self._tools
         match effect:
             case m.Enter():
                 self._enter(effect)
@@ -343,17 +317,17 @@ class Actor:
             case m.ClearTimers():
                 self._clear_timers(effect)
             case m.Releasing():
-                around.releasing(model, effect.ticket)
+                tools.loop.tell(Leaving(model, effect.ticket))
             case m.Leave():
-                around.leave(model, effect.ticket)
+                tools.loop.tell(Left(model, effect.ticket))
             case m.EvictionRefused():
-                around.eviction_refused(model, effect.ticket)
+                tools.loop.tell(Stayed(model, effect.ticket))
             case m.LookAgain():
-                around.look_again()
+                tools.loop.tell(Looked())
             case m.Remember():
-                around.remember(self, effect.options)
+                tools.remember(model, effect.options)
             case m.Vanish():
-                around.vanished(model)
+                tools.vanished(model)
             case m.JoinLoad():
                 self._current_view().attach(_subscription(effect.caller))
             case m.AnswerLoaded():
@@ -372,12 +346,13 @@ class Actor:
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
-        self._tools.surroundings.enter(self, effect.ticket, effect.options)
+        cost = self._tools.admission.predicted(self.entry, effect.options)
+        self._tools.loop.tell(Entered(self.state.model, effect.ticket, cost))
 
     def _commit(self, effect: m.Commit) -> None:
         worker = self.worker
         resident_bytes = worker.resident_bytes() if worker is not None else 0
-        self._tools.surroundings.commit(self.state.model, effect.ticket, resident_bytes)
+        self._tools.loop.tell(Committed(self.state.model, effect.ticket, resident_bytes))
 
     def _start_worker(self, effect: m.StartWorker) -> None:
         self._current_view().begin(pb.STAGE_SPAWN, "Starting the worker process.")

@@ -18,7 +18,7 @@ from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
 from paddock_server.manager.admission import CountAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
-from paddock_server.manager.loop import Committed, Entered, Leaving, Left, Looked, ManagerLoop, Stayed
+from paddock_server.manager.loop import ManagerLoop
 from paddock_server.manager.messages import (
     AcquireAsked,
     CallerLeft,
@@ -99,9 +99,9 @@ class ModelManager:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._own_tasks: list[asyncio.Task[None]] = []
         self._changes = ChangeLog(self.instance_id, self._models)
-        self._admission: Admission = admission or CountAdmission(config.models_max)
+        admission = admission or CountAdmission(config.models_max)
         residency = Residency(
-            self._admission,
+            admission,
             patience_seconds=config.patience_seconds,
             waiting_max=config.waiting_models_max,
         )
@@ -116,7 +116,16 @@ class ModelManager:
             restart=config.restart,
             load_restart=config.load_restart,
         )
-        self._tools = Tools(launcher, config, limits, self._changes, self)
+        self._tools = Tools(
+            launcher=launcher,
+            config=config,
+            limits=limits,
+            changes=self._changes,
+            admission=admission,
+            loop=self._loop,
+            remember=self._remember,
+            vanished=self._vanished,
+        )
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
@@ -131,11 +140,11 @@ class ModelManager:
             CatalogError: a model directory cannot be listed.
         """
         self._remembered = await self._desired.read()
+        await self.rescan()
         self._own_tasks = [
             self._task(self._loop.run(), "manager-loop"),
             self._task(self._desired.run(), "desired-loads"),
         ]
-        await self.rescan()
         self._replay()
 
     async def stop(self, *, drain_seconds: float) -> None:
@@ -409,40 +418,13 @@ class ModelManager:
     def _models(self) -> list[model_pb2.Model]:
         return [self._actors[model].snapshot() for model in sorted(self._actors)]
 
-    # What actors tell (`actor.Surroundings`)
+    # What actors tell
 
-    def enter(self, actor: Actor, ticket: int, options: Options) -> None:
-        """Ask for room for an actor's model."""
-        cost = self._admission.predicted(actor.entry, options)
-        self._loop.tell(Entered(actor.state.model, ticket, cost))
+    def _remember(self, model: str, options: Options | None) -> None:
+        self._remembered.pop(model, None)
+        self._desired.put(model, options)
 
-    def commit(self, model: str, ticket: int, resident_bytes: int) -> None:
-        """A model is loaded."""
-        self._loop.tell(Committed(model, ticket, resident_bytes))
-
-    def releasing(self, model: str, ticket: int) -> None:
-        """A model's worker is being stopped."""
-        self._loop.tell(Leaving(model, ticket))
-
-    def leave(self, model: str, ticket: int) -> None:
-        """A model's room is free, or not wanted any more."""
-        self._loop.tell(Left(model, ticket))
-
-    def eviction_refused(self, model: str, ticket: int) -> None:
-        """A model stays."""
-        self._loop.tell(Stayed(model, ticket))
-
-    def look_again(self) -> None:
-        """Something changed that a plan may depend on."""
-        self._loop.tell(Looked())
-
-    def remember(self, actor: Actor, options: Options | None) -> None:
-        """Keep an operator's load over a restart, or forget it."""
-        self._remembered.pop(actor.state.model, None)
-        self._desired.put(actor.state.model, options)
-
-    def vanished(self, model: str) -> None:
-        """A model is gone for good."""
+    def _vanished(self, model: str) -> None:
         del self._actors[model]
         self._tasks.pop(model).cancel()
         self._changes.deleted(model)

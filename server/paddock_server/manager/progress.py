@@ -48,13 +48,17 @@ class Subscription:
         self._changed.set()
 
     def finish(self, response: pb.LoadResponse) -> None:
-        """Add the last event."""
+        """Add the last event, unless there has been one."""
+        if self._ended:
+            return
         self._events.append(response)
         self._ended = True
         self._changed.set()
 
     def fail(self, failure: Failure) -> None:
-        """End with an error, after the events that are still unread."""
+        """End with an error, after the events that are still unread, unless it has ended."""
+        if self._ended:
+            return
         self._failure = failure
         self._ended = True
         self._changed.set()
