@@ -14,10 +14,13 @@ from paddock.errors import TABLE, Code, FieldViolation, InvalidFieldError, Paddo
 from paddock.status import (
     MAX_STATUS_BYTES,
     STATUS_DETAILS_KEY,
+    from_generation_error,
     from_rpc_error,
+    to_generation_error,
     to_status,
     to_trailing_metadata,
 )
+from paddock.v1 import model_manager_pb2 as pb
 
 
 def rpc_error(
@@ -59,6 +62,49 @@ def test_every_row_of_the_table_comes_back_as_it_went_out(reason: str) -> None:
     assert received.resource == sent.resource
     assert received.retry_after_seconds == 2.5
     assert received.request_id == "r-1"
+
+
+@pytest.mark.parametrize("retry_after_seconds", [None, 2.5])
+@pytest.mark.parametrize("reason", TABLE)
+def test_every_row_of_the_table_comes_back_from_a_message(
+    reason: str, retry_after_seconds: float | None
+) -> None:
+    sent = make_error(
+        reason,
+        "What happened, with “quotes”.",
+        metadata={"model": "m", "log_tail": "a line\n" * 200},
+        violations=[
+            FieldViolation("sampling.top_p", "must be in (0, 1]"),
+            FieldViolation("model", "is wrong"),
+        ],
+        resource="m",
+        retry_after_seconds=retry_after_seconds,
+        request_id="r-0",
+    )
+
+    received = from_generation_error(to_generation_error(sent))
+
+    assert type(received) is type(sent)
+    assert vars(received) == vars(sent)
+    assert from_generation_error(to_generation_error(sent, request_id="r-1")).request_id == "r-1"
+
+
+def test_a_message_keeps_a_reason_and_a_code_this_client_does_not_know() -> None:
+    unknown = pb.GenerationError(code=99, reason="NEWER", message="Sentence.")
+    odd = pb.GenerationError(code=code_pb2.Code.Value("ABORTED"), reason="NEWER", message="Sentence.")
+
+    assert (from_generation_error(unknown).reason, from_generation_error(unknown).code) == (
+        "NEWER",
+        Code.INTERNAL,
+    )
+    assert from_generation_error(odd).code is Code.ABORTED
+
+
+def test_a_message_takes_texts_that_are_no_utf8_and_bounds_long_ones() -> None:
+    name = "\udcff" + "x" * 1_000_000
+    message = to_generation_error(make_error(Reason.MODEL_NOT_FOUND, name, metadata={"file": name}))
+
+    assert message.ByteSize() < 64 * 1024
 
 
 @pytest.mark.parametrize("reason", TABLE)
