@@ -493,6 +493,15 @@ async def test_stopping_lets_requests_end_and_refuses_new_ones(server: Server) -
     assert server.launcher.workers[0].stop_reasons == [Reason.SHUTTING_DOWN]
 
 
+async def test_stopping_ends_a_search_for_an_unknown_model(server: Server) -> None:
+    searching = asyncio.create_task(server.manager.acquire("unknown"))
+    await asyncio.sleep(0)
+    await server.manager.stop(drain_seconds=30)
+    with pytest.raises(PaddockError) as caught:
+        await searching
+    assert caught.value.reason == Reason.SHUTTING_DOWN
+
+
 async def test_stopping_ends_a_load_and_those_who_wait_for_it(server: Server) -> None:
     tasks = await slow_load(server, 2)
     await server.manager.stop(drain_seconds=30)

@@ -113,6 +113,14 @@ async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
         pass
 
 
+async def test_a_file_that_changes_is_one_change_to_watchers(server: Server) -> None:
+    _, before = server.manager.snapshots()
+    server.catalog.entries["a"] = replace(server.catalog.entries["a"], size_bytes=77)
+    await server.manager.rescan()
+    await until(lambda: server.manager.snapshots()[0][0].size_bytes == 77)
+    assert server.manager.snapshots()[1] == before + 1
+
+
 async def test_a_file_with_a_problem_fails_with_it_and_starts_no_worker(server: Server) -> None:
     server.catalog.entries["bad"] = entry("bad", problem=PROBLEM)
     for call in (loads(server.manager, "bad"), server.manager.acquire("bad")):

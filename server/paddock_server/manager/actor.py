@@ -96,6 +96,7 @@ class Actor:
         self.log_ring = LogRing()
         self._tools = tools
         self._loop = asyncio.get_running_loop()
+        self._shown_entry = entry
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._run: WorkerRun | None = None
         self._view: LoadView | None = None
@@ -189,7 +190,6 @@ class Actor:
             case EntryFound():
                 self.entry = message.entry
                 self._advance(message.event)
-                self._tools.changes.changed(self.snapshot(), public_state(self.state))
             case m.AcquireAsked() | m.LoadAsked():
                 self._notice_death()
                 self._advance(message)
@@ -219,20 +219,25 @@ class Actor:
         if new.leases != old.leases:
             self._last_use = self._loop.time()
             self._times = replace(self._times, last_use=time.time())
-        if visible(new) != visible(old):
+        if visible(new) != visible(old) or self.entry is not self._shown_entry:
+            self._shown_entry = self.entry
             self._tools.changes.changed(self.snapshot(), public_state(old))
         for effect in effects:
             self._carry_out(effect)
 
     def _on_phase(self, old: ActorState, why: str) -> None:
         new = self.state
-        log.info(
-            "model_state_changed",
-            model=new.model,
-            load_id=new.load_id or old.load_id,
-            **{"from": str(old.phase), "to": str(new.phase)},
-            why=str(why),
-        )
+        fields = {
+            "model": new.model,
+            "load_id": new.load_id or old.load_id,
+            "from": str(old.phase),
+            "to": str(new.phase),
+            "why": str(why),
+        }
+        if new.phase in _AFTER_FAILURE and new.failure is not None:
+            log.warning("model_state_changed", **fields, failure=new.failure.message)
+        else:
+            log.info("model_state_changed", **fields)
         if new.phase is Phase.READY and old.phase is Phase.STARTING:
             self._load_seconds = new.ready_at - new.begun_at
             self._times = replace(self._times, loaded=time.time())
@@ -423,6 +428,7 @@ class Actor:
                 reply.set_result(response)
 
 
+_AFTER_FAILURE: Final = frozenset({Phase.FAILED, Phase.BACKOFF})
 _WITHOUT_WORKER: Final = frozenset({Phase.UNLOADED, Phase.FAILED, Phase.BACKOFF})
 
 

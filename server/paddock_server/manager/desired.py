@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -21,6 +20,7 @@ import structlog
 from paddock_server.manager.options import Options, Wish, stored_wish
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
@@ -43,35 +43,34 @@ class DesiredLoads:
     def __init__(self, path: Path | None) -> None:
         """`path` is the file; None keeps nothing."""
         self._path = path
-        self._loads: dict[str, dict[str, Any]] = {}
+        self._loads: dict[str, Wish] = {}
         self._unwritten = False
         self._closing = False
         self._wake = asyncio.Event()
 
-    async def read(self) -> dict[str, Wish]:
-        """Return what was loaded, in order, with all options. A file that is no good is set aside with a
-        warning."""
+    @property
+    def loads(self) -> Mapping[str, Wish]:
+        """What is to come back, with all options; the latest load last."""
+        return self._loads
+
+    async def read(self) -> None:
+        """Take over what the file holds. One that is no good is set aside with a warning."""
         if self._path is None:
-            return {}
+            return
         try:
-            wishes = await asyncio.to_thread(read_state, self._path)
+            self._loads = await asyncio.to_thread(read_state, self._path)
         except OSError as error:
             log.warning("state_file_unreadable", path=str(self._path), error=str(error))
-            return {}
         except StateFileError as error:
             aside = self._path.with_name(self._path.name + ".corrupt")
             await asyncio.to_thread(os.replace, self._path, aside)
             log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
-            return {}
-        for model, wish in wishes.items():
-            self._loads[model] = dict(wish.values) | {"idle_timeout_seconds": wish.idle_timeout_seconds}
-        return wishes
 
     def put(self, model: str, options: Options | None) -> None:
         """Keep a load as the latest, or forget it."""
         known = self._loads.pop(model, None)
         if options is not None:
-            self._loads[model] = asdict(options)
+            self._loads[model] = options.as_wish()
         elif known is None:
             return
         self._unwritten = True
@@ -88,10 +87,8 @@ class DesiredLoads:
             unwritten, self._unwritten = self._unwritten, False
             if self._path is None or not unwritten:
                 continue
-            loads = [{"model": model, "options": options} for model, options in self._loads.items()]
-            text = json.dumps({"version": VERSION, "loads": loads}, indent=1, ensure_ascii=False)
             try:
-                await asyncio.to_thread(write_atomically, self._path, text.encode())
+                await asyncio.to_thread(write_atomically, self._path, _document(self._loads))
             except OSError as error:
                 log.warning("state_file_not_written", path=str(self._path), error=str(error))
 
@@ -99,6 +96,14 @@ class DesiredLoads:
         """Have `run` write what is unwritten, and end."""
         self._closing = True
         self._wake.set()
+
+
+def _document(loads: Mapping[str, Wish]) -> bytes:
+    entries = [
+        {"model": model, "options": {**wish.values, "idle_timeout_seconds": wish.idle_timeout_seconds}}
+        for model, wish in loads.items()
+    ]
+    return json.dumps({"version": VERSION, "loads": entries}, indent=1, ensure_ascii=False).encode()
 
 
 def read_state(path: Path) -> dict[str, Wish]:

@@ -29,7 +29,7 @@ from paddock_server.manager.messages import (
     LoadAsked,
     UnloadAsked,
 )
-from paddock_server.manager.options import Wish, default_options, wish_of
+from paddock_server.manager.options import default_options, wish_of
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
 from paddock_server.manager.state import NEVER, ActorState, Limits
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from paddock_server.manager.admission import Admission
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
-    from paddock_server.manager.options import Options
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.supervisor import LogBatch, LogRing
 
@@ -97,7 +96,7 @@ class ModelManager:
         self._actors: dict[str, Actor] = {}
         self._actor_count = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._own_tasks: list[asyncio.Task[None]] = []
+        self._own_tasks: set[asyncio.Task[None]] = set()
         self._changes = ChangeLog(self.instance_id, self._models)
         admission = admission or CountAdmission(config.models_max)
         residency = Residency(
@@ -107,7 +106,7 @@ class ModelManager:
         )
         self._loop = ManagerLoop(residency, self._actors.get)
         self._desired = DesiredLoads(config.state_file)
-        self._remembered: dict[str, Wish] = {}
+        self._writer: asyncio.Task[None] | None = None
         self._mentioned: dict[str, str] = {}
         limits = Limits(
             waiters_max=config.queue_limit,
@@ -123,7 +122,7 @@ class ModelManager:
             changes=self._changes,
             admission=admission,
             loop=self._loop,
-            remember=self._remember,
+            remember=self._desired.put,
             vanished=self._vanished,
         )
         self._scan_lock = asyncio.Lock()
@@ -139,12 +138,10 @@ class ModelManager:
         Raises:
             CatalogError: a model directory cannot be listed.
         """
-        self._remembered = await self._desired.read()
+        await self._desired.read()
         await self.rescan()
-        self._own_tasks = [
-            self._task(self._loop.run(), "manager-loop"),
-            self._task(self._desired.run(), "desired-loads"),
-        ]
+        self._own_task(self._loop.run(), "manager-loop")
+        self._writer = self._own_task(self._desired.run(), "desired-loads")
         self._replay()
 
     async def stop(self, *, drain_seconds: float) -> None:
@@ -160,25 +157,29 @@ class ModelManager:
                 task.cancel()
             if late:
                 log.error("models_not_stopped", count=len(late))
-        loop_task, desired_task = self._own_tasks
         self._desired.close()
-        await desired_task
-        tasks = [loop_task, *self._tasks.values()]
-        if self._next_scan is not None:
-            tasks.append(self._next_scan)
+        if self._writer is not None:
+            await asyncio.wait({self._writer})
+        tasks = {*self._own_tasks, *self._tasks.values()}
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(_log_bug)
         return task
 
+    def _own_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = self._task(work, name)
+        self._own_tasks.add(task)
+        task.add_done_callback(self._own_tasks.discard)
+        return task
+
     def _replay(self) -> None:
         """Load again what the operator had loaded, as far as there is room; the latest loads first of all."""
-        present = [model for model in self._remembered if model in self._actors]
-        missing = [model for model in self._remembered if model not in self._actors]
+        present = [model for model in self._desired.loads if model in self._actors]
+        missing = [model for model in self._desired.loads if model not in self._actors]
         kept = present[-self._config.models_max :] if self._config.models_max else present
         if missing:
             log.warning("remembered_models_missing", models=missing)
@@ -186,7 +187,7 @@ class ModelManager:
             log.info("load_replayed", model=model)
             subscription = Subscription()
             subscription.closed = True
-            self._actors[model].tell(LoadAsked(subscription, self._remembered[model]))
+            self._actors[model].tell(LoadAsked(subscription, self._desired.loads[model]))
 
     # What the RPCs ask for
 
@@ -329,8 +330,10 @@ class ModelManager:
         if self._closing:
             raise failures.shutting_down().error()
         if self._next_scan is None:
-            self._next_scan = self._task(self._scan_when_due(), "catalog-scan")
-        await asyncio.shield(self._next_scan)
+            self._next_scan = self._own_task(self._scan_when_due(), "catalog-scan")
+        await asyncio.wait({self._next_scan})
+        if self._closing:
+            raise failures.shutting_down().error()
 
     async def _scan_when_due(self) -> None:
         due_in = self._scanned_at + SCAN_SECONDS - asyncio.get_running_loop().time()
@@ -367,7 +370,7 @@ class ModelManager:
 
     def _add(self, entry: CatalogEntry) -> None:
         defaults = default_options(self._config, entry.facts)
-        wish = self._remembered.get(entry.id)
+        wish = self._desired.loads.get(entry.id)
         state = ActorState(
             model=entry.id,
             defaults=defaults,
@@ -417,12 +420,6 @@ class ModelManager:
 
     def _models(self) -> list[model_pb2.Model]:
         return [self._actors[model].snapshot() for model in sorted(self._actors)]
-
-    # What actors tell
-
-    def _remember(self, model: str, options: Options | None) -> None:
-        self._remembered.pop(model, None)
-        self._desired.put(model, options)
 
     def _vanished(self, model: str) -> None:
         del self._actors[model]

@@ -38,6 +38,10 @@ class Options:
         proto.idle_timeout.FromNanoseconds(int(self.idle_timeout_seconds * 1e9))
         return proto
 
+    def as_wish(self) -> Wish:
+        """Return a wish for exactly these options."""
+        return Wish({name: getattr(self, name) for name in _RANGES}, self.idle_timeout_seconds)
+
 
 class _Range(NamedTuple):
     low: int

@@ -132,21 +132,21 @@ class Turn:
 
     def fail(self, failure: Failure) -> None:
         """End the load under way with a failure: tell everyone who waits for it, and keep it."""
-        failure = self.hold(failure)
+        self.hold(failure)
         self.do(EndLoad(failure))
-        self.refuse_waiters(failure)
+        self.refuse_waiters(self.state.refusal(self.now) or failure)
         self.rest(Phase.FAILED, failure.reason)
 
-    def hold(self, failure: Failure) -> Failure:
-        """Keep a failure and requests off until trying again makes sense; return it with that time."""
-        if failure.is_permanent:
-            self.set(failure=failure, held_until=NEVER)
-            return failure
+    def hold(self, failure: Failure) -> None:
+        """Keep a failure, and requests off until trying again makes sense."""
         policy = self.limits.restart
-        gives_up = failure.reason == Reason.CRASH_LOOP
-        delay = policy.max_delay_seconds if gives_up else policy.delay_seconds(self.state.crash_count)
+        if failure.is_permanent:
+            delay = NEVER
+        elif failure.reason == Reason.CRASH_LOOP:
+            delay = policy.max_delay_seconds
+        else:
+            delay = policy.delay_seconds(self.state.crash_count)
         self.set(failure=failure, held_until=self.now + delay)
-        return failure.after(delay) if delay > 0 else failure
 
     def refuse_waiters(self, failure: Failure) -> None:
         """Tell every waiting request why it gets no lease."""
@@ -172,6 +172,6 @@ class Turn:
         if state.phase is not Phase.STARTING:
             self.fail(failure)
             return
-        failure = self.hold(failure)
+        self.hold(failure)
         self.call_off(failure)
         self.stop(Cause.TIMEOUT)
