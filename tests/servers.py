@@ -48,7 +48,9 @@ class ServerProcess:
 
     def workers(self) -> list[psutil.Process]:
         """Return the live worker processes of this server."""
-        return [child for child in psutil.Process(self.process.pid).children(recursive=True) if _is_worker(child)]
+        return [
+            child for child in psutil.Process(self.process.pid).children(recursive=True) if _is_worker(child)
+        ]
 
     def stop(self, timeout_seconds: float = 60) -> int:
         """Send SIGTERM and return the exit code."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from paddock.api import ModelManagerApi
-from paddock_server.catalog import Catalog
+from paddock_server.catalog import Catalog, CatalogError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
 from paddock_server.rpc.server import AddressInUseError, RpcServer
@@ -65,12 +65,14 @@ async def serving(
             is left when the server stops, while the models still serve what runs.
 
     Raises:
-        StartError: an address is taken.
+        StartError: an address is taken, or a model directory cannot be read.
     """
+    try:
+        catalog = await asyncio.to_thread(Catalog, config.models_dir)
+    except CatalogError as error:
+        raise StartError(str(error)) from error
     manager = ModelManager(
-        catalog=Catalog(config.models_dir),
-        launcher=launcher or LocalLauncher(),
-        config=_manager_config(config),
+        catalog=catalog, launcher=launcher or LocalLauncher(), config=_manager_config(config)
     )
     service = ModelManagerService(manager, version=version("paddock"))
     try:
@@ -80,7 +82,10 @@ async def serving(
     except AddressInUseError as error:
         raise StartError(str(error)) from error
     attached = contextlib.AsyncExitStack()
-    await manager.start()
+    try:
+        await manager.start()
+    except CatalogError as error:
+        raise StartError(str(error)) from error
     try:
         if attach is not None:
             await attached.enter_async_context(attach(service))

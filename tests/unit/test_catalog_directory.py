@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paddock_server.catalog import Catalog, CatalogDiff, CatalogEntry, diff, directory
+from paddock_server.catalog import Catalog, CatalogEntry, directory
 from tests.unit import gguf_bytes as gb
 from tests.unit.gguf_bytes import Gguf, Tensor
 
@@ -447,23 +447,6 @@ def test_a_deleted_file_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert list(catalog.scan()) == ["m"]
     assert reads.take() == ["m.gguf"]
-
-
-def test_a_difference_tells_new_gone_and_changed_models(tmp_path: Path) -> None:
-    for name in ("same.gguf", "gone.gguf", "touched.gguf", "B/m.gguf"):
-        MODEL.write(tmp_path / name)
-    catalog = Catalog([tmp_path])
-    before = catalog.scan()
-
-    (tmp_path / "gone.gguf").unlink()
-    MODEL.write(tmp_path / "new.gguf")
-    MODEL.write(tmp_path / "another.gguf")
-    os.utime(tmp_path / "touched.gguf", ns=(0, 1))
-    MODEL.write(tmp_path / "B" / "second.gguf")
-    after = catalog.scan()
-
-    assert diff(before, after) == CatalogDiff(("another", "new"), ("gone",), ("B", "touched"))
-    assert diff(after, after) == CatalogDiff((), (), ())
 
 
 def test_an_entry_has_facts_or_a_problem(tmp_path: Path) -> None:

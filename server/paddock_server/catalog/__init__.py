@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
 from paddock_server.catalog.directory import Catalog
-from paddock_server.catalog.entries import CatalogDiff, CatalogEntry, CatalogProblem, diff
+from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.roots import CatalogError
 
 __all__ = [
     "Catalog",
-    "CatalogDiff",
     "CatalogEntry",
     "CatalogError",
     "CatalogProblem",
@@ -25,7 +24,6 @@ __all__ = [
     "Split",
     "TensorInfo",
     "UnsupportedGgufError",
-    "diff",
     "merged_facts",
     "model_facts",
     "read_header",

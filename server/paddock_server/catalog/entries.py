@@ -67,21 +67,3 @@ def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:
         facts=None,
         problem=problem(Reason.UNSUPPORTED_MODEL, entries[0].relative_path, what, "the file names"),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogDiff:
-    """Ids that appeared, went, or stand for other files than before, each in order."""
-
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    changed: tuple[str, ...]
-
-
-def diff(old: Mapping[str, CatalogEntry], new: Mapping[str, CatalogEntry]) -> CatalogDiff:
-    """What happened between two scans."""
-    return CatalogDiff(
-        added=tuple(sorted(new.keys() - old.keys())),
-        removed=tuple(sorted(old.keys() - new.keys())),
-        changed=tuple(sorted(id_ for id_ in old.keys() & new.keys() if old[id_] != new[id_])),
-    )

@@ -41,7 +41,8 @@ const (
 	// Draining or stopping. Becomes `UNLOADED`.
 	ModelState_MODEL_STATE_UNLOADING ModelState = 5
 	// The load failed, or the worker died more often than the restart policy
-	// allows. See `Model.last_failure`. Leaves only through `Load` or `Unload`.
+	// allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
+	// request does once the time to retry has passed, unless the file is bad.
 	ModelState_MODEL_STATE_FAILED ModelState = 6
 )
 
@@ -176,8 +177,8 @@ type Model struct {
 	Info *ModelInfo `protobuf:"bytes,7,opt,name=info,proto3" json:"info,omitempty"`
 	// The worker process. Unset while unloaded.
 	Worker *Worker `protobuf:"bytes,8,opt,name=worker,proto3" json:"worker,omitempty"`
-	// Why the last load or the running worker failed. Cleared by the next
-	// successful load.
+	// Why the last load or the last worker failed. A restart after a crash keeps
+	// it; the next successful load that a caller asked for clears it.
 	LastFailure *Failure `protobuf:"bytes,9,opt,name=last_failure,json=lastFailure,proto3" json:"last_failure,omitempty"`
 	// Total size of the local files.
 	SizeBytes int64 `protobuf:"varint,10,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`

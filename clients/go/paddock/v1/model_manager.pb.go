@@ -268,7 +268,8 @@ type LoadRequest struct {
 	// Where to get it. Required the first time a model is mentioned; later it
 	// must match or be unset.
 	Source *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
-	// Options for the worker.
+	// Options for the worker. Against a loaded model only the fields that are set
+	// are compared.
 	RuntimeOptions *RuntimeOptions `protobuf:"bytes,3,opt,name=runtime_options,json=runtimeOptions,proto3" json:"runtime_options,omitempty"`
 	// What to do when the model is loaded with different options.
 	ConflictPolicy LoadConflictPolicy `protobuf:"varint,4,opt,name=conflict_policy,json=conflictPolicy,proto3,enum=paddock.v1.LoadConflictPolicy" json:"conflict_policy,omitempty"`

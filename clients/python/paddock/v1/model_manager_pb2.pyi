@@ -168,7 +168,9 @@ class LoadRequest(_message.Message):
 
     @_builtins.property
     def runtime_options(self) -> _model_pb2.RuntimeOptions:
-        """Options for the worker."""
+        """Options for the worker. Against a loaded model only the fields that are set
+        are compared.
+        """
 
     @_builtins.property
     def load_timeout(self) -> _duration_pb2.Duration:

@@ -41,7 +41,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Draining or stopping. Becomes `UNLOADED`."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 6
     """The load failed, or the worker died more often than the restart policy
-    allows. See `Model.last_failure`. Leaves only through `Load` or `Unload`.
+    allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
+    request does once the time to retry has passed, unless the file is bad.
     """
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
@@ -63,7 +64,8 @@ MODEL_STATE_UNLOADING: ModelState.ValueType  # 5
 """Draining or stopping. Becomes `UNLOADED`."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 6
 """The load failed, or the worker died more often than the restart policy
-allows. See `Model.last_failure`. Leaves only through `Load` or `Unload`.
+allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
+request does once the time to retry has passed, unless the file is bad.
 """
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
@@ -152,8 +154,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def last_failure(self) -> Global___Failure:
-        """Why the last load or the running worker failed. Cleared by the next
-        successful load.
+        """Why the last load or the last worker failed. A restart after a crash keeps
+        it; the next successful load that a caller asked for clears it.
         """
 
     @_builtins.property
