@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf import json_format
 
+from paddock_server.worker import llama
 from tests.integration.engines import Lab, Output, lab, request
 
 if TYPE_CHECKING:
@@ -213,3 +214,29 @@ def test_a_step_is_one_frame_with_the_news_of_all(models_dir: Path) -> None:
     with lab(models_dir / "noise.gguf") as bench:
         bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in WORDS])
         assert bench_frames(bench) == [8] * 6
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_step_is_aborted_when_everything_in_it_is_cancelled_and_only_then(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    with lab(models_dir / "noise.gguf") as bench:
+        number = bench.submit(request("A " * 100, stop={"maxTokens": 4}))
+        for _ in range(others):
+            bench.submit(request("B", stop={"maxTokens": 4}))
+        context = bench.loaded.generation_context
+        decode, results = context.decode, list[int]()
+
+        def cancelling(batch: llama.Batch) -> int:
+            if not results:
+                bench.engine.cancel(number)  # as another thread would, while the step runs
+            results.append(decode(batch))
+            return results[-1]
+
+        monkeypatch.setattr(context, "decode", cancelling)
+        bench.run()
+        assert results[0] == (llama.DECODE_OK if others else llama.DECODE_ABORTED)
+        assert not any(update.HasField("finished") for update in bench.outputs[number].updates)
+        monkeypatch.undo()
+        (after,) = bench.generate(request("C", stop={"maxTokens": 4, "ignoreEos": True}))
+        assert after.finished.usage.completion_tokens == 4

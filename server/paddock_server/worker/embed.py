@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MOST_TEXTS: Final = 64
 """Texts of one request, and sequences of one batch."""
 
+BATCH_TOKENS_BESIDE_GENERATIONS: Final = 256
+"""Most tokens of a batch while others generate, unless one text has more: a text is never divided."""
+
 
 @dataclass(slots=True)
 class EmbedJob:
@@ -73,8 +76,8 @@ class Embedder:
         self._context: llama.Context | None = None
         self._batch: llama.Batch | None = None
 
-    def advance(self, job: EmbedJob) -> None:
-        """Compute the next texts of a job, as many as fit one batch.
+    def advance(self, job: EmbedJob, *, beside_generations: bool) -> None:
+        """Compute the next texts of a job, as many as fit one batch; a small one while others generate.
 
         Raises:
             WorkerError: There is no memory for the context, or the model ranks instead of embedding.
@@ -85,7 +88,8 @@ class Embedder:
         batch = self._batch
         batch.clear()
         start = len(job.vectors)
-        count = next_batch([len(text) for text in job.texts[start:]], batch.capacity)
+        room = min(batch.capacity, BATCH_TOKENS_BESIDE_GENERATIONS) if beside_generations else batch.capacity
+        count = next_batch([len(text) for text in job.texts[start:]], room)
         for slot, text in enumerate(job.texts[start : start + count]):
             batch.add(slot, text, 0, output_last=True)
         batch.output_all()

@@ -201,7 +201,7 @@ class Engine:
             return
         job = self._embed_jobs[0]
         try:
-            self._embedder.advance(job)
+            self._embedder.advance(job, beside_generations=not self._scheduler.idle)
         except WorkerError as error:
             reply = worker_pb2.Reply(call=job.call, failed=error.to_failure())
         else:

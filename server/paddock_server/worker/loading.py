@@ -34,8 +34,11 @@ PROGRESS_SECONDS: Final = 0.1
 READING_SHARE: Final = 0.9
 """Part of the stage that reading the file is; the rest is llama.cpp taking the weights over."""
 
-MICRO_BATCH_TOKENS: Final = 512
-"""Most tokens computed at once: larger ones cost memory for activations and gain little."""
+MICRO_BATCH_TOKENS: Final = 256
+"""Most tokens computed at once by a CPU: more cost memory for activations and gain nothing."""
+
+MICRO_BATCH_TOKENS_OFFLOADED: Final = 512
+"""Most tokens computed at once by an accelerator, which needs more of them to be busy."""
 
 EMBED_TOKENS: Final = 2048
 """Most tokens of a text to embed, unless the trained context is shorter or the batch is larger."""
@@ -321,13 +324,16 @@ def _open(model: llama.Model, request: worker_pb2.Load, log: NativeLog) -> Loade
     batch = max(request.batch_size_tokens, slots)
     embed_limit = min(model.trained_context or EMBED_TOKENS, max(EMBED_TOKENS, batch))
     generates = model.has_decoder and not model.has_encoder
+    offloaded = _offloaded_layers(model, request.gpu_layer_count)
     if generates:
         context = llama.Context.create(
             model,
             llama.ContextParams(
                 context_size=max(request.context_size_tokens or model.trained_context, slots),
                 batch_size=batch,
-                micro_batch_size=min(batch, MICRO_BATCH_TOKENS),
+                micro_batch_size=min(
+                    batch, MICRO_BATCH_TOKENS_OFFLOADED if offloaded else MICRO_BATCH_TOKENS
+                ),
                 slot_count=slots,
                 thread_count=threads,
             ),
@@ -355,7 +361,7 @@ def _open(model: llama.Model, request: worker_pb2.Load, log: NativeLog) -> Loade
         thread_count=threads,
         queue_limit=request.queue_limit,
         target_step_milliseconds=float(request.target_step_milliseconds),
-        gpu_layer_count=_offloaded_layers(model, request.gpu_layer_count),
+        gpu_layer_count=offloaded,
     )
 
 

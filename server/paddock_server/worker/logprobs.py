@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from paddock_server.worker import llama
 
 
+def prepare() -> None:
+    """Import numpy now, in the caller's thread: in the engine's it would hold up every stream."""
+    importlib.import_module("numpy")
+
+
 def token_logprob(
     context: llama.Context, row: int, vocab: llama.Vocab, token: int, top_count: int
 ) -> generation_pb2.TokenLogprob:

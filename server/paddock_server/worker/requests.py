@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from paddock.v1 import generation_pb2, model_manager_pb2
+from paddock_server.worker import logprobs
 from paddock_server.worker.chat import ChatTemplate, SpecialTokens
 from paddock_server.worker.constrained import constrain
 from paddock_server.worker.embed import MOST_TEXTS, EmbedJob
@@ -252,4 +253,5 @@ def _logprob_count(request: model_manager_pb2.GenerateRequest) -> int | None:
     count = request.logprobs.top_count
     if not 0 <= count <= MOST_LOGPROBS:
         reject("logprobs.top_count", f"is {count}; must be in [0, {MOST_LOGPROBS}]")
+    logprobs.prepare()
     return count

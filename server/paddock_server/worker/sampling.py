@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -79,7 +79,7 @@ def check_sampling(params: generation_pb2.SamplingParams, vocabulary_size: int) 
         repetition_penalty=_float(params, "repetition_penalty", 1.0, 0.0, 100.0, open_minimum=True),
         penalty_last_tokens=_integer(params, "penalty_last_tokens", DEFAULT_PENALTY_LAST_TOKENS, -1),
         logit_bias=_logit_bias(params.logit_bias, vocabulary_size),
-        seed=(params.seed if params.HasField("seed") else secrets.randbits(32)) % _SEED_RANGE,
+        seed=(params.seed if params.HasField("seed") else int.from_bytes(os.urandom(4), "big")) % _SEED_RANGE,
     )
 
 
