@@ -362,12 +362,6 @@ def test_sizes_that_cannot_be_fail_the_load_by_their_field(noise: Path, field: s
         assert (failed.reason, failed.field) == ("INVALID_FIELD", field)
 
 
-def test_a_cache_that_cannot_be_allocated_is_too_little_memory(noise: Path) -> None:
-    with worker() as peer:
-        failed = peer.load(noise, context_size_tokens=2**31 - 1).load_failed
-        assert failed.reason == "INSUFFICIENT_MEMORY", failed.message
-
-
 def test_a_file_that_is_not_there_fails_the_load(tmp_path: Path) -> None:
     with worker() as peer:
         failed = peer.load(tmp_path / "absent.gguf").load_failed
