@@ -31,7 +31,7 @@ SLOTS: Final = 33
 CONTEXT_TOKENS: Final = 8192
 PROMPT_TOKENS: Final = 16
 LONG_PROMPT_TOKENS: Final = 2000
-WORKLOADS: Final = {1: 192, 8: 96, 32: 48}
+WORKLOADS: Final = {1: 256, 8: 192, 32: 128}
 """Streams at once, and the tokens each of them makes."""
 
 PATHS: Final = ("engine", "grpc", "gateway")
@@ -106,8 +106,8 @@ def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
         model.parent.mkdir()
         say("making the model (about 100 million parameters, Q8_0)")
         make_bench_model(model)
-        flags = ("--parallel", str(SLOTS), "--ctx-size", str(CONTEXT_TOKENS), "--log-level", "warning")
-        with paddock_up(model.parent, Path(directory) / "log.jsonl", *flags[:4]) as server:
+        flags = ("--parallel", str(SLOTS), "--ctx-size", str(CONTEXT_TOKENS))
+        with paddock_up(model.parent, Path(directory) / "log.jsonl", *flags) as server:
             idle = memory(server.process.pid)
             bench = Bench(server, model)
             try:
