@@ -289,6 +289,12 @@ def _image(url: str, path: str) -> gen.Image:
 
 def _set_tools(chat: gen.ChatInput, request: ChatRequest) -> None:
     chat.tools.extend(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
+    _set_tool_choice(chat, request)
+    if request.tools and request.tool_choice != "none":
+        refuse("tools", "are only shown to the model, with tool_choice none: tool calls are not parsed yet")
+
+
+def _set_tool_choice(chat: gen.ChatInput, request: ChatRequest) -> None:
     choice = request.tool_choice
     if choice is None:
         return

@@ -111,7 +111,7 @@ async def test_tool_calls_come_whole() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
 
     async with sdk(FakeApi(behaviour)) as client:
-        completion = await complete(client, tools=[tool])
+        completion = await complete(client, tools=[tool], tool_choice="none")
 
     (choice,) = completion.choices
     assert choice.finish_reason == "tool_calls"
@@ -225,7 +225,7 @@ async def test_a_refused_field_is_named_as_the_caller_named_it() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
 
     async with in_process(FakeApi(failing(error))) as client:
-        response = await post(client, CHAT_PATH, CHAT, tools=[tool])
+        response = await post(client, CHAT_PATH, CHAT, tools=[tool], tool_choice="none")
 
     assert response.status_code == 501
     assert response.json()["error"]["param"] == "tools"

@@ -52,8 +52,8 @@ ASKING: dict[str, tuple[object, dict[str, object]]] = {
     "logprobs": (True, {}),
     "top_logprobs": (2, {"logprobs": True}),
     "response_format": ({"type": "json_object"}, {}),
-    "tools": ([TOOL], {}),
-    "tool_choice": ("required", {"tools": [TOOL]}),
+    "tools": ([TOOL], {"tool_choice": "none"}),
+    "tool_choice": ("none", {"tools": [TOOL]}),
     "best_of": (2, {"n": 2}),
     "top_k": (5, {}),
     "min_p": (0.5, {}),
@@ -141,6 +141,13 @@ def test_an_honoured_parameter_changes_what_is_asked_of_the_server(dialect: Dial
     if row.name == "best_of":
         # Every choice is returned, so asking for the best n of n is honoured by doing nothing more.
         assert plan(dialect, best_of=value, **beside) == plan(dialect, **beside)
+        return
+
+    if row.name == "tool_choice":
+        # Without it tools are refused: the model might call one.
+        with pytest.raises(InvalidFieldError):
+            plan(dialect, **beside)
+        assert plan(dialect, **beside, tool_choice=value)
         return
 
     assert plan(dialect, **beside, **{row.name: value}) != plan(dialect, **beside)

@@ -314,13 +314,26 @@ def test_tools_are_passed_on_with_their_schema_as_text() -> None:
                 },
             }
         ],
-        tool_choice={"type": "function", "function": {"name": "f"}},
+        tool_choice="none",
     )
 
     assert list(request.chat.tools) == [
         gen.Tool(name="f", description="d", parameters_json_schema='{"type": "object", "b": 1, "a": 2}')
     ]
-    assert request.chat.tool_choice == gen.ToolChoice(tool_name="f")
+    assert request.chat.tool_choice == gen.ToolChoice(mode=gen.TOOL_CHOICE_MODE_NONE)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        *({"tool_choice": c} for c in ("auto", "required", {"type": "function", "function": {"name": "f"}})),
+    ],
+)
+def test_tools_the_model_might_call_are_refused_by_name(choice: dict[str, Any]) -> None:
+    error = refused(Dialect.CHAT, tools=[{"type": "function", "function": {"name": "f"}}], **choice)
+
+    assert [violation.field for violation in error.violations] == ["tools"]
 
 
 def test_logprobs_ask_for_alternatives() -> None:
