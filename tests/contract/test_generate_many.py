@@ -250,6 +250,7 @@ async def test_every_generation_has_the_log_line_and_request_id_of_a_generate(
         for field in ("rpc", "code", "model", "reason", "completion_tokens", "log_level"):
             assert plain.get(field) == shared.get(field)
     assert lines["shared-1"]["completion_tokens"] == 8
+    assert {"load_ms", "queue_ms", "prompt_ms", "generation_ms"} <= set(lines["shared-1"])
     assert lines["shared-3"]["code"] == "CANCELLED"
     assert stream.events[2][0].failed.request_id == "shared-2"
     assert len(lines) == 6

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from paddock.errors import InvalidFieldError
+from paddock.errors import InvalidFieldError, PaddockError, Reason
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.rpc import validate
@@ -101,12 +101,24 @@ def test_a_bad_field_of_generate_is_named(field: str, request_: pb.GenerateReque
         _generate(
             sampling=gen.SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, logit_bias={5: -math.inf})
         ),
+        _chat(tools=[gen.Tool(name="f")], tool_choice=gen.ToolChoice(mode=gen.TOOL_CHOICE_MODE_NONE)),
         _generate(choice_count=8, stop=gen.StopParams(max_tokens=1, stop_sequences=["\n"])),
     ],
-    ids=["prompt", "empty-prompt", "template-arguments", "edges", "choices"],
+    ids=["prompt", "empty-prompt", "template-arguments", "edges", "tools", "choices"],
 )
 def test_a_good_generate_passes(request_: pb.GenerateRequest) -> None:
     validate.generate(request_)
+
+
+@pytest.mark.parametrize("mode", [gen.TOOL_CHOICE_MODE_UNSPECIFIED, gen.TOOL_CHOICE_MODE_REQUIRED])
+def test_tools_the_model_might_call_are_refused_before_a_model_is_loaded(
+    mode: gen.ToolChoiceMode.ValueType,
+) -> None:
+    with pytest.raises(PaddockError) as caught:
+        validate.generate(_chat(tools=[gen.Tool(name="f")], tool_choice=gen.ToolChoice(mode=mode)))
+
+    assert caught.value.reason == Reason.NOT_IMPLEMENTED
+    assert caught.value.metadata == {"field": "chat.tools"}
 
 
 BAD_REQUESTS = [

@@ -23,13 +23,12 @@ from paddock_server.worker.v1 import worker_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from google.protobuf.duration_pb2 import Duration
+
     from paddock_server.manager import Lease, ModelManager
 
 FEATURES: Final = ("embeddings", "logs", "tokenize")
 """Optional features `GetServerInfo` reports."""
-
-LOG_LINES_PER_MESSAGE: Final = 256
-"""At the 4096 characters a line may have, well under gRPC's 4 MiB a message."""
 
 
 class ModelManagerService:
@@ -178,7 +177,16 @@ def _responses(
         if lease.load_wait_seconds > 0:
             generated.timings.load_duration.FromNanoseconds(int(lease.load_wait_seconds * 1e9))
         structlog.contextvars.bind_contextvars(
-            prompt_tokens=finished.usage.prompt_tokens, completion_tokens=finished.usage.completion_tokens
+            prompt_tokens=finished.usage.prompt_tokens,
+            completion_tokens=finished.usage.completion_tokens,
+            load_ms=_milliseconds(generated.timings.load_duration),
+            queue_ms=_milliseconds(generated.timings.queue_duration),
+            prompt_ms=_milliseconds(generated.timings.prompt_duration),
+            generation_ms=_milliseconds(generated.timings.generation_duration),
         )
         responses.append(pb.GenerateResponse(generated=generated))
     return responses
+
+
+def _milliseconds(duration: Duration) -> float:
+    return round(duration.ToNanoseconds() / 1e6, 1)

@@ -11,7 +11,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Final
 
-from paddock.errors import InvalidFieldError
+from paddock.errors import InvalidFieldError, Reason, make_error
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
@@ -185,6 +185,12 @@ def _chat(chat: gen.ChatInput) -> None:
     if chat.tool_choice.tool_name and chat.tool_choice.tool_name not in {tool.name for tool in chat.tools}:
         msg = "chat.tool_choice.tool_name"
         raise InvalidFieldError.of(msg, "must be the name of one of chat.tools")
+    if chat.tools and chat.tool_choice.mode != gen.TOOL_CHOICE_MODE_NONE:
+        raise make_error(
+            Reason.NOT_IMPLEMENTED,
+            "chat.tools: tool calls are not parsed yet; set tool_choice to none to only show the tools",
+            metadata={"field": "chat.tools"},
+        )
     if chat.template_arguments_json:
         _json_object("chat.template_arguments_json", chat.template_arguments_json)
 
