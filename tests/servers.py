@@ -1,4 +1,4 @@
-"""A real `paddock up` in a process of its own, for tests and benchmarks."""
+"""A real `paddock up` or `paddock gateway` in a process of its own, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -66,14 +66,32 @@ def paddock_up(
     command = [str(Path(sys.executable).parent / "paddock"), "up", "--models-dir", str(models_dir)]
     command += ["--grpc-port", "0", "--port", "0", "--log-format", "json"]
     env = {**os.environ, "PADDOCK_STATE_DIR": "", **(environment or {})}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env
-        )
-    server = ServerProcess(process, log)
-    try:
+    with _running([*command, *flags], log, env) as process:
+        server = ServerProcess(process, log)
         _await_ready(server)
         yield server
+
+
+@contextmanager
+def paddock_gateway(grpc_address: str, log: Path) -> Generator[ServerProcess]:
+    """Run `paddock gateway` on a free port in front of a server, until the block ends."""
+    command = [str(Path(sys.executable).parent / "paddock"), "gateway", "--server", grpc_address]
+    with _running([*command, "--port", "0", "--log-format", "json"], log, dict(os.environ)) as process:
+        gateway = ServerProcess(process, log, grpc_address=grpc_address)
+        _await_ready(gateway)
+        yield gateway
+
+
+@contextmanager
+def _running(
+    command: list[str], log: Path, environment: Mapping[str, str]
+) -> Generator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment
+        )
+    try:
+        yield process
     finally:
         if process.poll() is None:
             process.terminate()

@@ -7,19 +7,20 @@ import os
 import signal
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import grpc
+import grpc.aio
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from openai import AsyncOpenAI, OpenAI
 
 from paddock.errors import ModelNotFoundError, PaddockError, Reason
-from paddock.transport import GrpcApi, connect
+from paddock.transport import SERVICE_NAME, GrpcApi, connect
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from tests.servers import ServerProcess, paddock_up, wait_until
+from tests.servers import ServerProcess, paddock_gateway, paddock_up
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
@@ -32,12 +33,32 @@ if TYPE_CHECKING:
 MODEL = "noise"
 OTHER = "noise-b"
 
+HEALTH: Any = health_pb2_grpc  # the stub package knows only the synchronous stub
+
 
 @pytest.fixture
 def own_server(models_dir: Path, tmp_path: Path) -> Generator[ServerProcess]:
     """A server for one test that does it harm."""
     with paddock_up(models_dir, tmp_path / "log.jsonl", "--parallel", "8") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def standalone_gateway(
+    real_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[ServerProcess]:
+    """A gateway in a process of its own, in front of the shared server."""
+    log = tmp_path_factory.mktemp("gateway") / "log.jsonl"
+    with paddock_gateway(real_server.grpc_address, log) as running:
+        yield running
+
+
+@pytest.fixture(params=["embedded", "standalone"])
+def http_url(request: pytest.FixtureRequest) -> str:
+    """Root of a gateway's routes, of either kind."""
+    name = {"embedded": "real_server", "standalone": "standalone_gateway"}[request.param]
+    gateway: ServerProcess = request.getfixturevalue(name)
+    return gateway.http_url
 
 
 @pytest.fixture
@@ -92,12 +113,10 @@ async def test_ten_loads_of_one_model_are_one_worker_and_ten_equal_ends(
 ) -> None:
     await api.unload(pb.UnloadRequest(model=MODEL))
     before = {worker.pid for worker in real_server.workers()}
-    tasks = [asyncio.create_task(load(api)) for _ in range(10)]
-    await asyncio.sleep(0)
-    tasks[0].cancel()
 
-    ends = [responses[-1] for responses in await asyncio.gather(*tasks[1:])]
+    ends = [responses[-1] for responses in await asyncio.gather(*(load(api) for _ in range(10)))]
 
+    assert {end.loaded.model.state for end in ends} == {model_pb2.MODEL_STATE_LOADED}
     assert len({end.loaded.model.load_id for end in ends}) == 1
     assert len({end.SerializeToString(deterministic=True) for end in ends}) == 1
     assert len({worker.pid for worker in real_server.workers()} - before) == 1
@@ -133,8 +152,8 @@ async def test_an_unknown_model_is_not_found_and_never_another_one(api: ModelMan
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
-async def test_the_openai_sdk_works_unchanged(real_server: ServerProcess, stream: bool, chat: bool) -> None:
-    async with AsyncOpenAI(base_url=f"{real_server.http_url}/v1", api_key="none") as client:
+async def test_the_openai_sdk_works_unchanged(http_url: str, stream: bool, chat: bool) -> None:
+    async with AsyncOpenAI(base_url=f"{http_url}/v1", api_key="none") as client:
         text, finish_reason = await _ask(client, stream=stream, chat=chat)
 
     assert text
@@ -167,17 +186,24 @@ async def _ask(client: AsyncOpenAI, *, stream: bool, chat: bool) -> tuple[str, s
     return text, finish_reason
 
 
-def test_the_gateway_and_grpc_give_the_same_greedy_text(real_server: ServerProcess) -> None:
-    with OpenAI(base_url=f"{real_server.http_url}/v1", api_key="none") as client:
-        over_http = client.completions.create(
-            model=MODEL, prompt="one two three", max_tokens=24, temperature=0
-        )
+def test_either_gateway_and_grpc_give_the_same_greedy_text(
+    real_server: ServerProcess, standalone_gateway: ServerProcess
+) -> None:
+    def over_http(gateway: ServerProcess) -> str:
+        with OpenAI(base_url=f"{gateway.http_url}/v1", api_key="none") as client:
+            done = client.completions.create(
+                model=MODEL, prompt="one two three", max_tokens=24, temperature=0
+            )
+        return done.choices[0].text
 
     async def over_grpc() -> str:
         async with connect(real_server.grpc_address) as channel:
             return await text_of(GrpcApi(channel), request(24))
 
-    assert over_http.choices[0].text == asyncio.run(over_grpc())
+    embedded = over_http(real_server)
+
+    assert embedded
+    assert embedded == over_http(standalone_gateway) == asyncio.run(over_grpc())
 
 
 async def test_killing_a_worker_ends_its_streams_at_once_and_the_next_request_is_served(
@@ -193,25 +219,26 @@ async def test_killing_a_worker_ends_its_streams_at_once_and_the_next_request_is
                 pass
         worker.kill()
         killed = time.monotonic()
-        reasons = await asyncio.gather(*(_reason_of_end(stream) for stream in streams))
+        ends = await asyncio.gather(*(_end_of(stream) for stream in streams))
         waited = time.monotonic() - killed
-        model = (await api.get(pb.GetRequest(model=MODEL))).model
+        models = {model.id: model for model in (await api.list(pb.ListRequest())).models}
         served = await text_of(api, request(8))
 
-    assert reasons == [Reason.WORKER_CRASHED] * 8
+    assert ends == [(Reason.WORKER_CRASHED, grpc.StatusCode.UNAVAILABLE)] * 8
     assert waited < 10  # a way out, not a measurement: the note has the figure
-    assert model.last_failure.reason == Reason.WORKER_CRASHED
-    assert model.last_failure.signal == "SIGKILL"
+    assert models[MODEL].last_failure.reason == Reason.WORKER_CRASHED
+    assert models[MODEL].last_failure.signal == "SIGKILL"
     assert served
 
 
-async def _reason_of_end(stream: AsyncGenerator[pb.GenerateResponse]) -> str:
+async def _end_of(stream: AsyncGenerator[pb.GenerateResponse]) -> tuple[str, grpc.StatusCode | None]:
     try:
         async for _ in stream:
             pass
     except PaddockError as error:
-        return error.reason
-    return "ended well"
+        call = error.__cause__  # what came over the wire; `error.code` could be the table's
+        return error.reason, call.code() if isinstance(call, grpc.aio.AioRpcError) else None
+    return "ended well", None
 
 
 async def test_a_client_that_goes_away_frees_its_slot(own_server: ServerProcess) -> None:
@@ -269,16 +296,23 @@ def test_sigterm_lets_running_streams_finish_and_exits_with_zero(own_server: Ser
 async def test_a_stopping_server_refuses_new_work_and_turns_its_health(own_server: ServerProcess) -> None:
     async with connect(own_server.grpc_address) as channel:
         api = GrpcApi(channel)
+        health: Any = HEALTH.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+        before = await health.read()
         async with aclosing(api.generate(request(1500, ignore_eos=True))) as stream:
             while not (await anext(stream)).HasField("deltas"):
                 pass
             os.kill(own_server.process.pid, signal.SIGTERM)
-            wait_until(lambda: any(e.get("event") == "server_draining" for e in own_server.events()))
+            after = await health.read()
+            health.cancel()  # or the server would wait for it
             with pytest.raises(PaddockError) as caught:
                 await text_of(api, request(4, model=OTHER))
+            rest = [response.WhichOneof("event") async for response in stream]
 
+    assert before.status == health_pb2.HealthCheckResponse.SERVING
+    assert after.status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert caught.value.reason in (Reason.SHUTTING_DOWN, Reason.SERVER_UNREACHABLE)
     assert caught.value.code.name == grpc.StatusCode.UNAVAILABLE.name
+    assert (rest[0], rest[-1]) == ("deltas", "generated")
 
 
 async def _load_in(server: ServerProcess) -> None:
