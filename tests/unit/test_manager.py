@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from paddock.errors import ModelNotFoundError, PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
@@ -56,6 +57,19 @@ async def state(server: Server, model: str = "a") -> model_pb2.ModelState.ValueT
 def state_now(server: Server) -> model_pb2.ModelState.ValueType:
     """The state of `a`, the first model."""
     return server.manager.snapshots()[0][0].state
+
+
+@pytest.mark.parametrize(("reported", "stage"), [(WEIGHTS, "weights"), (WARMUP, "warmup")])
+async def test_a_load_that_takes_too_long_says_the_stage_it_was_at(
+    server: Server, reported: worker_pb2.LoadStage.ValueType, stage: str
+) -> None:
+    server.launcher.slow.add("a")
+    task = asyncio.create_task(loads(server.manager, "a", load_timeout=Duration(nanos=500_000_000)))
+    (await server.launcher.worker()).advance(reported, 0.0)
+    with pytest.raises(PaddockError) as caught:
+        await task
+    assert (caught.value.reason, caught.value.metadata["stage"]) == (Reason.LOAD_STALLED, stage)
+    assert f"stage {stage!r}" in caught.value.message
 
 
 async def test_a_load_shows_its_stages_in_order_and_ends_with_the_model(server: Server) -> None:

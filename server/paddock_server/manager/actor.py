@@ -185,8 +185,10 @@ class Actor:
                 self._on_spawned(message)
             case Progressed():
                 self._on_progressed(message)
-            case m.TimerFired() if not self._is_current(message):
-                pass
+            case m.TimerFired():
+                if self._is_current(message):
+                    stage = self._view.stage_name if self._view is not None else message.stage
+                    self._advance(replace(message, stage=stage))
             case EntryFound():
                 self.entry = message.entry
                 self._advance(message.event)

@@ -152,6 +152,9 @@ class TimerFired:
     timer: Timer
     serial: int = 0
 
+    stage: str = "spawn"
+    """Stage a load with a worker is at, for what is said of it when it stalls."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileFound:

@@ -99,6 +99,11 @@ class LoadView:
         return self._stage
 
     @property
+    def stage_name(self) -> str:
+        """The stage in messages and metadata, for example `weights`."""
+        return pb.Stage.Name(self._stage).removeprefix("STAGE_").lower()
+
+    @property
     def subscriber_count(self) -> int:
         """Callers who are still there."""
         return sum(1 for subscription in self._subscriptions if not subscription.closed)

@@ -218,7 +218,7 @@ def _timer_fired(turn: Turn, event: TimerFired) -> None:
         case Timer.ADMISSION | Timer.LOAD, Phase.ADMITTING:
             turn.stall("admit")
         case Timer.LOAD, Phase.STARTING:
-            turn.stall("load")
+            turn.stall(event.stage)
         case Timer.LOAD, Phase.BACKOFF:
             turn.stall("restart")
         case Timer.RESTART, Phase.BACKOFF:
