@@ -274,7 +274,8 @@ type LoadRequest struct {
 	// What to do when the model is loaded with different options.
 	ConflictPolicy LoadConflictPolicy `protobuf:"varint,4,opt,name=conflict_policy,json=conflictPolicy,proto3,enum=paddock.v1.LoadConflictPolicy" json:"conflict_policy,omitempty"`
 	// How long the server may take before the load fails. Unset takes the
-	// server's default. Independent of the deadline of the call.
+	// server's default. Independent of the deadline of the call. Counts for the
+	// call that began the load; one that joins it has no say.
 	LoadTimeout   *durationpb.Duration `protobuf:"bytes,5,opt,name=load_timeout,json=loadTimeout,proto3" json:"load_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1201,7 +1202,7 @@ func (x *GetResponse) GetModel() *Model {
 // Request of `Watch`.
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Models to watch. Empty watches all.
+	// Models to watch. Empty watches all. One that does not exist is waited for.
 	Models []string `protobuf:"bytes,1,rep,name=models,proto3" json:"models,omitempty"`
 	// First revision to send. Zero starts with the current state. Fails with
 	// `OUT_OF_RANGE` when the server no longer has it.
@@ -1925,7 +1926,7 @@ type Started struct {
 	LoadId string `protobuf:"bytes,2,opt,name=load_id,json=loadId,proto3" json:"load_id,omitempty"`
 	// Tokens in the prompt.
 	PromptTokens int32 `protobuf:"varint,3,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
-	// Model that serves it: the identifier, also when an alias was asked for.
+	// Identifier of the model.
 	Model         string `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3579,7 +3580,7 @@ type GetServerInfoResponse struct {
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// Optional features, for example `embeddings`, `vision`, `sleep`.
 	Features []string `protobuf:"bytes,4,rep,name=features,proto3" json:"features,omitempty"`
-	// Accelerators.
+	// Accelerators. Empty until memory admission is built.
 	Devices       []*Device `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

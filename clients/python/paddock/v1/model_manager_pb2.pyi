@@ -175,7 +175,8 @@ class LoadRequest(_message.Message):
     @_builtins.property
     def load_timeout(self) -> _duration_pb2.Duration:
         """How long the server may take before the load fails. Unset takes the
-        server's default. Independent of the deadline of the call.
+        server's default. Independent of the deadline of the call. Counts for the
+        call that began the load; one that joins it has no say.
         """
 
     def __init__(
@@ -622,7 +623,7 @@ class WatchRequest(_message.Message):
     """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Models to watch. Empty watches all."""
+        """Models to watch. Empty watches all. One that does not exist is waited for."""
 
     def __init__(
         self,
@@ -941,7 +942,7 @@ class Started(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens in the prompt."""
     model: _builtins.str
-    """Model that serves it: the identifier, also when an alias was asked for."""
+    """Identifier of the model."""
     def __init__(
         self,
         *,
@@ -1767,7 +1768,7 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
-        """Accelerators."""
+        """Accelerators. Empty until memory admission is built."""
 
     def __init__(
         self,
