@@ -3,8 +3,8 @@
 `Engine.run` is that thread. Whoever wants the loop with nothing around it (a benchmark, a test) drives it
 itself:
 
-    with open_model(params) as loaded:                                # loading.py
-        preparer = Preparer(loaded.about)                             # requests.py
+    with load_model(Load(model_path=path), log=NativeLog()) as loaded:  # loading.py
+        preparer = Preparer(loaded)                                   # requests.py
         engine = Engine(loaded, send=print)
         engine.submit(preparer.generation(1, request))
         while not engine.idle:

@@ -33,7 +33,6 @@ POOLING_RANK: Final = 4
 
 LOG_DEBUG: Final = 1
 LOG_INFO: Final = 2
-LOG_WARN: Final = 3
 LOG_ERROR: Final = 4
 _LOG_CONTINUES: Final = 5
 
@@ -64,11 +63,6 @@ _c: Final = bindings
 
 class LlamaError(RuntimeError):
     """llama.cpp did what it must not: a bug, here or there. The process cannot go on."""
-
-
-def engine_version() -> str:
-    """Return the version of llama.cpp that computes."""
-    return str(_c.llama_version().decode())
 
 
 def supports_gpu_offload() -> bool:
