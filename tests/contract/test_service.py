@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from paddock.errors import PaddockError, Reason
 from paddock.transport import GrpcApi, connect
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from paddock.api import ModelManagerApi
 
-NAMES = ("good", "other", "crashes", "refuses", "slow")
+NAMES = ("good", "other", "crashes", "refuses", "slow", "takes-a-while")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fail_load_message="unknown architecture",
     )
     write_sidecar(directory / "slow.gguf", load_seconds=30.0)
+    write_sidecar(directory / "takes-a-while.gguf", load_seconds=1.5)
     return directory
 
 
@@ -62,9 +64,12 @@ async def api(models: Path) -> AsyncGenerator[ModelManagerApi]:
 
 
 def request(
-    model: str = "good", max_tokens: int = 4, **fields: pb.AutoloadPolicy.ValueType
+    model: str = "good",
+    max_tokens: int = 4,
+    autoload_policy: pb.AutoloadPolicy.ValueType = pb.AUTOLOAD_POLICY_UNSPECIFIED,
 ) -> pb.GenerateRequest:
-    return pb.GenerateRequest(model=model, prompt="hi", stop=gen.StopParams(max_tokens=max_tokens), **fields)
+    stop = gen.StopParams(max_tokens=max_tokens)
+    return pb.GenerateRequest(model=model, prompt="hi", stop=stop, autoload_policy=autoload_policy)
 
 
 async def run(api: ModelManagerApi, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
@@ -72,8 +77,14 @@ async def run(api: ModelManagerApi, request: pb.GenerateRequest) -> list[pb.Gene
         return [response async for response in responses]
 
 
-async def load(api: ModelManagerApi, model: str) -> list[pb.LoadResponse]:
-    async with aclosing(api.load(pb.LoadRequest(model=model))) as responses:
+async def load(
+    api: ModelManagerApi,
+    model: str,
+    options: model_pb2.RuntimeOptions | None = None,
+    conflict_policy: pb.LoadConflictPolicy.ValueType = pb.LOAD_CONFLICT_POLICY_UNSPECIFIED,
+) -> list[pb.LoadResponse]:
+    request = pb.LoadRequest(model=model, runtime_options=options, conflict_policy=conflict_policy)
+    async with aclosing(api.load(request)) as responses:
         return [response async for response in responses]
 
 
@@ -139,6 +150,65 @@ async def test_unload_aborts_a_load_for_all_who_watch_it(api: ModelManagerApi) -
     assert [end.reason for end in ends if isinstance(end, PaddockError)] == [Reason.LOAD_ABORTED] * 3
 
 
+async def test_a_watcher_that_goes_away_takes_no_load_from_the_nine_others(api: ModelManagerApi) -> None:
+    streams = [api.load(pb.LoadRequest(model="takes-a-while")) for _ in range(10)]
+    firsts = await asyncio.gather(*(anext(stream) for stream in streams))
+    await streams[0].aclose()  # cancels the call
+
+    async def end(stream: AsyncGenerator[pb.LoadResponse]) -> pb.LoadResponse:
+        return [response async for response in stream][-1]
+
+    ends = await asyncio.gather(*(end(stream) for stream in streams[1:]))
+
+    assert all(first.HasField("progress") for first in firsts)
+    assert [end.WhichOneof("event") for end in ends] == ["loaded"] * 9
+    assert len({end.loaded.model.load_id for end in ends}) == 1
+
+
+async def test_a_load_with_other_options_is_refused_and_names_them(api: ModelManagerApi) -> None:
+    await load(api, "good")
+    other = model_pb2.RuntimeOptions(slot_count=3, batch_size_tokens=64)
+
+    with pytest.raises(PaddockError) as caught:
+        await load(api, "good", other, pb.LOAD_CONFLICT_POLICY_FAIL)
+
+    assert caught.value.reason == Reason.OPTIONS_CONFLICT
+    assert caught.value.code.name == "FAILED_PRECONDITION"
+    assert caught.value.metadata["model"] == "good"
+    assert set(caught.value.metadata["fields"].split(",")) == {"slot_count", "batch_size_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "slot_count"), [(pb.LOAD_CONFLICT_POLICY_KEEP, 2), (pb.LOAD_CONFLICT_POLICY_RELOAD, 3)]
+)
+async def test_a_load_with_other_options_keeps_or_reloads_as_told(
+    api: ModelManagerApi, policy: pb.LoadConflictPolicy.ValueType, slot_count: int
+) -> None:
+    first = (await load(api, "good"))[-1].loaded
+    second = (await load(api, "good", model_pb2.RuntimeOptions(slot_count=3), policy))[-1].loaded
+
+    kept = policy == pb.LOAD_CONFLICT_POLICY_KEEP
+    assert second.already_loaded == kept
+    assert (second.model.load_id == first.model.load_id) == kept
+    assert second.model.runtime_options.slot_count == slot_count
+
+
+async def test_an_idle_model_is_unloaded_after_its_idle_timeout(api: ModelManagerApi) -> None:
+    options = model_pb2.RuntimeOptions(idle_timeout=Duration(nanos=200_000_000))
+    states: list[int] = []
+    async with aclosing(api.watch(pb.WatchRequest(models=["good"]))) as watch:
+        while not (await anext(watch)).HasField("synced"):
+            pass
+        assert (await load(api, "good", options))[-1].HasField("loaded")
+        async for event in watch:
+            states.append(event.changed.model.state)
+            if states[-1] == model_pb2.MODEL_STATE_UNLOADED:
+                break
+
+    assert model_pb2.MODEL_STATE_LOADED in states
+    assert model_pb2.MODEL_STATE_FAILED not in states
+
+
 async def test_more_requests_than_slots_and_queue_are_refused_with_a_time_to_retry(
     api: ModelManagerApi,
 ) -> None:
@@ -171,6 +241,41 @@ async def test_watch_sends_the_state_then_synced_then_changes(api: ModelManagerA
                 break
 
     assert states[0] == model_pb2.MODEL_STATE_LOADING
+
+
+async def test_a_watch_from_a_revision_goes_on_without_a_gap(api: ModelManagerApi) -> None:
+    server = await api.get_server_info(pb.GetServerInfoRequest())
+    listed = (await api.list(pb.ListRequest())).revision
+    await load(api, "good")
+    await load(api, "other")
+    latest = (await api.list(pb.ListRequest())).revision
+
+    request = pb.WatchRequest(start_revision=listed + 1, instance_id=server.instance_id)
+    revisions: list[int] = []
+    models: set[str] = set()
+    async with aclosing(api.watch(request)) as watch:
+        async for event in watch:
+            if event.HasField("changed"):
+                revisions.append(event.revision)
+                models.add(event.changed.model.id)
+            if event.revision >= latest:
+                break
+
+    assert revisions == list(range(listed + 1, latest + 1))
+    assert models == {"good", "other"}
+
+
+async def test_list_returns_only_models_in_the_states_asked_for(api: ModelManagerApi) -> None:
+    await load(api, "good")
+
+    async def ids(*states: model_pb2.ModelState.ValueType) -> list[str]:
+        return [model.id for model in (await api.list(pb.ListRequest(states=states))).models]
+
+    rest = sorted(set(NAMES) - {"good"})
+    assert await ids(model_pb2.MODEL_STATE_LOADED) == ["good"]
+    assert await ids(model_pb2.MODEL_STATE_UNLOADED) == rest
+    assert await ids(model_pb2.MODEL_STATE_LOADED, model_pb2.MODEL_STATE_UNLOADED) == sorted(NAMES)
+    assert await ids(model_pb2.MODEL_STATE_FAILED) == []
 
 
 async def test_logs_are_what_the_worker_wrote(api: ModelManagerApi) -> None:
