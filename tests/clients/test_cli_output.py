@@ -7,9 +7,20 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from paddock.cli.facts import facts
 from paddock.cli.output import ago_text, bytes_text, count_text, plain, seconds_text
 from paddock.cli.progress import LABELS, BarView, LineView, Meter, load_view
+from paddock.convert import model
 from paddock.types import Failure, HuggingFaceSource, LoadProgress, ProgressKind, Stage
+from paddock.v1 import model_pb2
+
+
+@pytest.mark.parametrize(("total", "shown"), [(0, "-"), (512, "0 of 512 tokens")])
+def test_a_kv_cache_nothing_was_heard_of_yet_has_no_numbers(total: int, shown: str) -> None:
+    loaded = model(model_pb2.Model(id="tiny", worker=model_pb2.Worker(kv_cache_total_tokens=total)))
+
+    assert dict(facts(loaded))["KV cache"] == shown
+
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -65,7 +65,12 @@ def _running(model: Model, now: datetime | None) -> list[Fact]:
                 "Requests",
                 f"{worker.active_request_count} running, {worker.queued_request_count} waiting",
             ),
-            ("KV cache", f"{worker.kv_cache_used_tokens} of {worker.kv_cache_total_tokens} tokens"),
+            (
+                "KV cache",
+                f"{worker.kv_cache_used_tokens} of {worker.kv_cache_total_tokens} tokens"
+                if worker.kv_cache_total_tokens
+                else "-",
+            ),
             ("Restarts", str(worker.restart_count)),
         ]
     if model.runtime_options is not None:
