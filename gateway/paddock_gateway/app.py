@@ -35,7 +35,7 @@ LAST_EVENT_SECONDS: Final = 5.0
 class GatewayOptions:
     """Settings of the application."""
 
-    max_body_bytes: int = 32 * 2**20
+    max_body_bytes: int = 15 * 2**20
     """Largest request body. Images travel in it."""
 
     ping_interval_seconds: float = 15.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -282,7 +281,7 @@ def _image(url: str, path: str) -> gen.Image:
         refuse(path, "must be a data: URL with base64, such as data:image/png;base64,...; nothing is fetched")
     try:
         data = base64.b64decode(url[found.end() :], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; characters beyond ASCII raise another
         refuse(path, f"is not base64: {error}")
     return gen.Image(data=data, media_type=found["media_type"])
 

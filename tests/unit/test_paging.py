@@ -51,7 +51,7 @@ def test_a_page_is_never_larger_than_a_thousand_and_fifty_by_default() -> None:
     assert len(page(pb.ListRequest(), models, revision=1).models) == 50
 
 
-@pytest.mark.parametrize("token", ["%%", "_w=="])
+@pytest.mark.parametrize("token", ["%%", "_w==", "é"])
 def test_a_made_up_page_token_is_refused(token: str) -> None:
     with pytest.raises(InvalidFieldError, match="page_token"):
         page(pb.ListRequest(page_token=token), MODELS, revision=1)

@@ -145,6 +145,8 @@ class Catalog:
     def _group_entry(self, name: str, group: FileGroup, projector: Path | None) -> CatalogEntry:
         facts = self._group_facts(group)
         id_, name_problem = _checked_id(name, group.relative_load_path)
+        for file in group.files:
+            name_problem = name_problem or _checked_id(file.path.name, file.relative)[1]
         return CatalogEntry(
             id=id_,
             path=group.load_path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import TYPE_CHECKING
 
 from paddock.errors import InvalidFieldError
@@ -38,6 +37,6 @@ def _encode(last_id: str) -> str:
 def _decode(token: str) -> str:
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError) as error:
+    except ValueError as error:  # not base64, not UTF-8, not even ASCII
         msg = "page_token"
         raise InvalidFieldError.of(msg, "must be the next_page_token of an earlier response") from error

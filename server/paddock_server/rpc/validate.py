@@ -31,6 +31,7 @@ MAX_EMBED_TEXTS: Final = 64
 MAX_PAGE_SIZE: Final = 1000
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_TOOLS: Final = 256
+MAX_JSON_CHARACTERS: Final = 256 * 1024
 MAX_TOKEN_ID: Final = 2**31 - 1
 TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -279,6 +280,8 @@ def _token_ids(field: str, token_ids: Iterable[int]) -> None:
 
 
 def _json_object(field: str, text: str) -> None:
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise InvalidFieldError.of(field, f"must be at most {MAX_JSON_CHARACTERS} characters long")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -42,6 +42,9 @@ PASSED_VARIABLES: Final = frozenset(
         "LD_PRELOAD",
         "LLAMA_CPP_LIB_PATH",
         "LOGNAME",
+        "NVIDIA_DRIVER_CAPABILITIES",
+        "NVIDIA_TF32_OVERRIDE",
+        "NVIDIA_VISIBLE_DEVICES",
         "PATH",
         "TMPDIR",
         "TZ",
@@ -54,7 +57,7 @@ hold."""
 
 PASSED_PREFIXES: Final = (
     "ASAN_", "CUDA_", "GGML_", "GOMP_", "GPU_", "HIP_", "HSA_", "KMP_", "LC_", "LSAN_", "MALLOC_", "MKL_",
-    "NVIDIA_", "OMP_", "ONEAPI_", "OPENBLAS_", "PYTHON", "ROCM_", "ROCR_", "SYCL_", "TSAN_", "UBSAN_", "VK_",
+    "OMP_", "ONEAPI_", "OPENBLAS_", "PYTHON", "ROCM_", "ROCR_", "SYCL_", "TSAN_", "UBSAN_", "VK_",
     "ZE_",
 )  # fmt: skip
 """Variables a worker gets by the start of their name: settings of interpreters, threads, devices and

@@ -34,10 +34,13 @@ _RESERVED: Final = frozenset({"messages", "tools", "bos_token", "eos_token"})
 
 _TEMPLATE_FAULTS: Final = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,
+    OSError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
 )

@@ -113,7 +113,7 @@ def constrain(constraint: generation_pb2.OutputConstraint, vocab: llama.Vocab) -
         text = schema_to_grammar(
             constraint.json_schema if kind == "json_schema" else _JSON_OBJECT_SCHEMA, field
         )
-    _check_size(text, field)
+    check_text(text, field)
     grammar = Grammar.parse(vocab, text) if text.strip() else None
     if grammar is None:
         raise _invalid_grammar(field, "is not a GBNF grammar with a rule named root; see the model's log")
@@ -126,7 +126,7 @@ def schema_to_grammar(schema: str, field: str) -> str:
     Raises:
         WorkerError: INVALID_GRAMMAR when it is no schema or has parts the converter does not know.
     """
-    _check_size(schema, field)
+    check_text(schema, field)
     try:
         parsed = json.loads(schema)
     except (ValueError, RecursionError) as error:
@@ -143,11 +143,13 @@ def schema_to_grammar(schema: str, field: str) -> str:
         raise _invalid_grammar(field, text) from error
 
 
-def _check_size(text: str, field: str) -> None:
+def check_text(text: str, field: str) -> None:
     if len(text) > MOST_GRAMMAR_BYTES:
         reject(field, f"has {len(text)} characters; at most {MOST_GRAMMAR_BYTES} are allowed")
     if "\0" in text:
         reject(field, "has a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        reject(field, "has half of a surrogate pair, which is no character")
     depth = deepest = 0
     for character in text:
         if character in "([{":

@@ -89,7 +89,7 @@ class Engine:
                 batch_tokens=loaded.batch_size,
                 queue=loaded.queue_limit,
                 target_step_milliseconds=loaded.target_step_milliseconds,
-                shares_prompts=not loaded.model.has_state_per_sequence,
+                shares_prompts=_can_share_prompts(loaded),
             )
         )
         self._batch = llama.Batch(loaded.batch_size)
@@ -381,3 +381,12 @@ class Engine:
             steps=self._steps,
             preemptions=scheduler.preemption_count,
         )
+
+
+def _can_share_prompts(loaded: LoadedModel) -> bool:
+    """Whether a sequence may begin in the cells of another one that has gone on generating.
+
+    Recurrent state is one per sequence; under a sliding window llama.cpp gives cells that fell out of the
+    window of the one sequence that holds them to others.
+    """
+    return not loaded.model.has_state_per_sequence and loaded.model.sliding_window_tokens == 0

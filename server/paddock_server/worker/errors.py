@@ -38,10 +38,11 @@ class WorkerError(Exception):
     ) -> None:
         super().__init__(message)
         self.reason = reason
-        self.message = message
-        self.field = field
+        # What a caller sent may come back in a message; protobuf refuses half a surrogate pair.
+        self.message = _valid(message)
+        self.field = _valid(field)
         """Dotted path of the request field to blame; empty when none is."""
-        self.metadata: dict[str, str] = dict(metadata or {})
+        self.metadata: dict[str, str] = {key: _valid(value) for key, value in (metadata or {}).items()}
 
     def to_failure(self) -> worker_pb2.Failure:
         """Return the message for the wire."""
@@ -70,3 +71,7 @@ def context_length_exceeded(field: str, prompt_tokens: int, context_tokens: int)
         field=field,
         metadata={"prompt_tokens": str(prompt_tokens), "context_tokens": str(context_tokens)},
     )
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()

@@ -116,6 +116,7 @@ class Model:
         self.has_encoder = bool(_c.llama_model_has_encoder(pointer))
         self.has_decoder = bool(_c.llama_model_has_decoder(pointer))
         self.is_diffusion = bool(_c.llama_model_is_diffusion(pointer))
+        self.sliding_window_tokens: int = _c.llama_model_n_swa(pointer)
         self.has_state_per_sequence = bool(
             _c.llama_model_is_recurrent(pointer) or _c.llama_model_is_hybrid(pointer)
         )

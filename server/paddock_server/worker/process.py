@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 
 from paddock_server.worker.engine import CancelCommand, Engine
 from paddock_server.worker.errors import Reason, WorkerError
-from paddock_server.worker.framing import MAX_FRAME_BYTES
 from paddock_server.worker.loading import load_model
 from paddock_server.worker.requests import Preparer
 from paddock_server.worker.v1 import worker_pb2
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
     from paddock_server.worker.logs import NativeLog
 
 HEARTBEAT_SECONDS: Final = 2.0
+
+MOST_REPLY_BYTES: Final = 4 * 1024 * 1024 - 4096
+"""Longest answer: what every gRPC client takes by default, less its envelope."""
+
+TOKENIZER_STACK_BYTES: Final = 256 * 1024 * 1024
+"""Stack of the threads that tokenize. Some pre-tokenizers recurse for every character of a run without a
+break; pages that are never touched cost nothing."""
 
 
 class ProtocolError(Exception):
@@ -123,8 +129,10 @@ class WorkerProcess:
         engine = self._engine = Engine(loaded, send=self._connection.send)
         ready = loaded.to_ready(has_chat_template=self._preparer.has_chat_template)
         self._connection.send(worker_pb2.WorkerFrame(ready=ready))
+        threading.stack_size(TOKENIZER_STACK_BYTES)
         _start_thread("prepare", self._prepare, engine, self._preparer)
         _start_thread("answer", self._answer, engine, self._preparer)
+        threading.stack_size(0)
         engine.run()
 
     def _report_progress(self, stage: worker_pb2.LoadStage.ValueType, fraction: float) -> None:
@@ -156,7 +164,7 @@ class WorkerProcess:
                     engine.post(preparer.embedding(call.call, call.embed))
                     continue
                 reply = preparer.answer(call)
-                if reply.ByteSize() > MAX_FRAME_BYTES // 2:
+                if reply.ByteSize() > MOST_REPLY_BYTES:
                     text = f"The answer of {reply.ByteSize()} bytes is too long; ask in parts."
                     raise WorkerError(Reason.INVALID_FIELD, text, field="text")  # noqa: TRY301
             except WorkerError as error:

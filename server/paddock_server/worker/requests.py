@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from functools import cached_property
 from time import perf_counter
@@ -28,6 +29,12 @@ MOST_LOGPROBS: Final = 20
 
 MOST_BYTES_PER_TOKEN: Final = 256
 """More than the tokens of any text have on average: a longer text is refused without tokenizing it."""
+
+LONGEST_RUN: Final = 100_000
+"""Characters without a break that a text may have. Some pre-tokenizers of llama.cpp recurse for each of them,
+and the stack of the threads that tokenize (`process.TOKENIZER_STACK_BYTES`) is made for this many."""
+
+_RUN: Final = re.compile(r"\S+|\s+")
 
 
 class Preparer:
@@ -131,6 +138,7 @@ class Preparer:
 
     def tokenize(self, request: model_manager_pb2.TokenizeRequest) -> model_manager_pb2.TokenizeResponse:
         """Convert text to tokens."""
+        check_runs(request.text, "text")
         tokens = self._vocab.tokenize(
             request.text, add_special=request.add_special_tokens, parse_special=request.parse_special_tokens
         )
@@ -209,6 +217,7 @@ class Preparer:
         size = len(text)
         if size > limit * MOST_BYTES_PER_TOKEN:
             raise context_length_exceeded(field, size // MOST_BYTES_PER_TOKEN, limit)
+        check_runs(text, field)
         return self._vocab.tokenize(text, add_special=True, parse_special=True)
 
     def _text_of(self, token: int) -> str:
@@ -255,3 +264,16 @@ def _logprob_count(request: model_manager_pb2.GenerateRequest) -> int | None:
         reject("logprobs.top_count", f"is {count}; must be in [0, {MOST_LOGPROBS}]")
     logprobs.prepare()
     return count
+
+
+def check_runs(text: str, field: str) -> None:
+    """Refuse a text with a very long run without a space, or of spaces: pre-tokenizers recurse along it.
+
+    Raises:
+        WorkerError: INVALID_FIELD, naming the field.
+    """
+    if len(text) <= LONGEST_RUN:
+        return
+    longest = max(match.end() - match.start() for match in _RUN.finditer(text))
+    if longest > LONGEST_RUN:
+        reject(field, f"has {longest} characters without a break; at most {LONGEST_RUN} are allowed")

@@ -11,6 +11,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jinja2 import Template, nodes
     from jinja2.parser import Parser
     from jinja2.runtime import Context
@@ -19,6 +21,11 @@ __all__ = ["TemplateError", "TemplateSyntaxError", "compile_template"]
 
 MOST_REPEATED: Final = 1024 * 1024
 """Longest sequence that `*` may make, in elements."""
+
+_GROWING_METHODS: Final = frozenset({"center", "expandtabs", "ljust", "replace", "rjust", "zfill"})
+
+MOST_CHARACTERS: Final = 16 * 1024 * 1024
+"""Longest text that `+`, padding or replacing may make."""
 
 MOST_BITS: Final = 4096
 """Longest integer that `*` and `**` may make."""
@@ -52,11 +59,50 @@ class _Generation(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """The sandbox keeps templates from Python's objects; this keeps them from filling memory at a stroke."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+"})
 
     def call_binop(self, context: Context, operator: str, left: Value, right: Value) -> Value:
-        check_growth(operator, left, right)
+        if operator == "+":
+            check_sum(left, right)
+        else:
+            check_growth(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Value, /, *args: Value, **kwargs: Value) -> Value:
+        """Call a function; those of strings that make long ones at a stroke are checked before."""
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str) and function.__name__ in _GROWING_METHODS:
+            check_method(text, [*args, *kwargs.values()])
+        return super().call(context, function, *args, **kwargs)
+
+
+def check_sum(left: Value, right: Value) -> None:
+    """Refuse a sum of texts or lists whose result is huge.
+
+    Raises:
+        ValueError: It is.
+    """
+    if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        _check_characters(len(left) + len(right))  # pyright: ignore[reportUnknownArgumentType]
+
+
+def check_method(text: str, arguments: Iterable[Value]) -> None:
+    """Refuse a method of a text that may make a huge one: padding to a width, or replacing.
+
+    Raises:
+        ValueError: It may.
+    """
+    for argument in arguments:
+        if isinstance(argument, int):
+            _check_characters(argument)
+        elif isinstance(argument, str):
+            _check_characters(len(text) * len(argument))
+
+
+def _check_characters(count: int) -> None:
+    if count > MOST_CHARACTERS:
+        text = f"a text of more than {MOST_CHARACTERS} characters"
+        raise ValueError(text)
 
 
 def check_growth(name: str, left: Value, right: Value) -> None:
