@@ -106,8 +106,8 @@ def test_what_no_message_can_carry_is_refused_with_its_field(
 
 
 def test_a_misspelt_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="'temprature'"):
-        generate_request("m", "x", {"temprature": 1})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="'heat'"):
+        generate_request("m", "x", {"heat": 1})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

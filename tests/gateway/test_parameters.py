@@ -185,8 +185,8 @@ def test_null_is_the_same_as_leaving_a_parameter_out(dialect: Dialect) -> None:
 
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_an_unknown_parameter_is_refused_by_name(dialect: Dialect) -> None:
-    with pytest.raises(InvalidFieldError, match="temprature: this server has no such parameter"):
-        plan(dialect, temprature=0)
+    with pytest.raises(InvalidFieldError, match="heat: this server has no such parameter"):
+        plan(dialect, heat=0)
 
 
 def test_a_parameter_of_one_dialect_is_unknown_to_the_other() -> None:
