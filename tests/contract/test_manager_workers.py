@@ -24,10 +24,12 @@ from tests.fakes.polling import eventually
 from tests.models import make_noise
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
     from typing import Protocol
+
+    Children = Callable[[], set[psutil.Process]]
 
     class Serve(Protocol):
         """Runs a manager over the models of the test."""
@@ -178,19 +180,21 @@ async def test_unload_ends_a_load_that_hangs(serve: Serve) -> None:
         assert not psutil.pid_exists(pid)
 
 
-async def test_unload_of_a_worker_that_is_still_starting_leaves_no_process(serve: Serve) -> None:
+async def test_unload_of_a_worker_that_is_still_starting_leaves_no_process(
+    serve: Serve, children: Children
+) -> None:
     async with serve(Behaviour(hang_in_handshake=True)) as manager:
         task = asyncio.create_task(load(manager, "a"))
         await eventually(lambda: now(manager).state == model_pb2.MODEL_STATE_LOADING)
-        await eventually(lambda: bool(psutil.Process().children()))
+        await eventually(lambda: bool(children()))
         await manager.unload(pb.UnloadRequest(model="a"))
         with pytest.raises(PaddockError) as caught:
             await task
         assert caught.value.reason == Reason.LOAD_ABORTED
-        assert not psutil.Process().children()
+        assert not children()
 
 
-async def test_a_load_time_out_ends_the_load_and_its_worker(serve: Serve) -> None:
+async def test_a_load_time_out_ends_the_load_and_its_worker(serve: Serve, children: Children) -> None:
     async with serve(Behaviour(load_seconds=60)) as manager:
         wanted = pb.LoadRequest(model="a")
         wanted.load_timeout.FromMilliseconds(500)
@@ -198,7 +202,7 @@ async def test_a_load_time_out_ends_the_load_and_its_worker(serve: Serve) -> Non
             await load(manager, "a", load_timeout=wanted.load_timeout)
         assert caught.value.reason == Reason.LOAD_STALLED
         await eventually(lambda: now(manager).state == model_pb2.MODEL_STATE_FAILED)
-        assert not psutil.Process().children()
+        assert not children()
 
 
 async def test_a_drain_lets_streams_end_and_a_force_cuts_them(serve: Serve) -> None:
@@ -219,7 +223,7 @@ async def test_a_drain_lets_streams_end_and_a_force_cuts_them(serve: Serve) -> N
         assert (forced.aborted_request_count, caught.value.reason) == (1, Reason.MODEL_UNLOADED)
 
 
-async def test_swapping_under_load_serves_everyone(serve: Serve) -> None:
+async def test_swapping_under_load_serves_everyone(serve: Serve, children: Children) -> None:
     async def use(manager: ModelManager, model: str) -> str:
         lease = await manager.acquire(model)
         async with lease, lease.worker.generate(request(3)) as updates:
@@ -230,21 +234,28 @@ async def test_swapping_under_load_serves_everyone(serve: Serve) -> None:
     async with serve(models_max=1, patience_seconds=0.2) as manager:
         wanted = ["a", "b"] * 10
         assert await asyncio.gather(*(use(manager, model) for model in wanted)) == wanted
-        assert len(psutil.Process().children()) == 1
+        assert len(children()) == 1
 
 
-async def test_stopping_the_manager_lets_streams_end(serve: Serve) -> None:
+async def test_stopping_the_manager_lets_streams_end(serve: Serve, children: Children) -> None:
     async with serve(Behaviour(tokens_per_second=100.0)) as manager:
         begun: list[str] = []
         stream = asyncio.create_task(generate(manager, 20, begun))
         await eventually(lambda: len(begun) == 1)
         await manager.stop(drain_seconds=20)
         assert len((await stream).split()) == 20
-        assert not psutil.Process().children()
+        assert not children()
+
+
+@pytest.fixture
+def children() -> Children:
+    """Return the processes this one has started since, but for a server that other tests share."""
+    others = set(psutil.Process().children())
+    return lambda: set(psutil.Process().children()) - others
 
 
 @pytest.fixture(autouse=True)
-async def nothing_is_left() -> AsyncGenerator[None]:
+async def nothing_is_left(children: Children) -> AsyncGenerator[None]:
     """Fail a test that leaves a process."""
     yield
-    await eventually(lambda: not psutil.Process().children(), lambda: psutil.Process().children())
+    await eventually(lambda: not children(), lambda: children())
