@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from paddock.api import ModelManagerApi
+from paddock.daemons import is_exposed, loop_factory
 from paddock_server.catalog import Catalog, CatalogError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
@@ -145,19 +144,8 @@ def run(
 ) -> None:
     """Configure logging and run a server until it is told to stop. Raises `StartError`."""
     configure_logging(config.log_level, config.log_format)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(run_server(config, attach=attach, ready=ready))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's loop where it is installed: it halves what a frame from a worker costs."""
-    if sys.platform == "win32":
-        return None
-    try:
-        import uvloop  # optional, and a hundred milliseconds nobody else should pay
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _manager_config(config: ServerConfig) -> ManagerConfig:
@@ -186,9 +174,5 @@ def _state_file(config: ServerConfig) -> Path | None:
 
 def _warn_when_exposed(host: str) -> None:
     """Warn when the server can be reached from other machines: it asks nobody for a key yet."""
-    try:
-        exposed = not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        exposed = host != "localhost"
-    if exposed:
+    if is_exposed(host):
         log.warning("server_exposed", host=host, advice="Anyone who reaches this address can use the server.")

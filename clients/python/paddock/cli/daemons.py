@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import importlib.util
 import inspect
-import ipaddress
 import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
@@ -23,6 +22,7 @@ from paddock.cli import output
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
+from paddock.daemons import is_exposed, loop_factory
 
 if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
@@ -210,7 +210,7 @@ def gateway(
             await stop.wait()
 
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(run())
     except ListenError as error:
         output.error(f"{error} The flags are --host and --port.")
@@ -278,19 +278,12 @@ def _log_gateway(gateway: Gateway) -> None:
 
     log = structlog.get_logger()
     log.info("gateway_ready", http=gateway.url.removeprefix("http://"))
-    if _is_exposed(gateway.host):
+    if is_exposed(gateway.host):
         log.warning(
             "gateway_exposed",
             host=gateway.host,
             advice="Anyone who reaches this address can use the server.",
         )
-
-
-def _is_exposed(host: str) -> bool:
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host != "localhost"
 
 
 @contextlib.asynccontextmanager
@@ -316,11 +309,3 @@ async def _told_to_stop() -> AsyncGenerator[asyncio.Event]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if importlib.util.find_spec("uvloop") is None:
-        return None
-    import uvloop
-
-    return uvloop.new_event_loop
