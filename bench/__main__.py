@@ -75,7 +75,7 @@ class Bench:
         self, path: str, streams: int, max_tokens: int, *, prompt_tokens: int = PROMPT_TOKENS, seed: int = 0
     ) -> dict[str, Any]:
         """Return a job as the helpers take it."""
-        address = self.server.grpc_address if path == "grpc" else self.server.http_address
+        address = self.server.grpc_address if path.startswith("grpc") else self.server.http_address
         fields = {"path": path, "address": address, "model": MODEL, "streams": streams}
         return fields | {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "seed": seed}
 

@@ -1,19 +1,17 @@
 """The worker's engine loop with nothing around it: no server, no socket, nobody who listens.
 
-Run as `python -m bench.engine_alone MODEL SLOTS CONTEXT`: a job (`bench.load.Job`) as a line of JSON in, a
+Run as `python -m bench.engine_alone MODEL SLOTS CONTEXT`: a job (`bench.jobs.Job`) as a line of JSON in, a
 result as a line of JSON out. Prompts, tokens and steps are those the server's worker gets.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from bench.load import Job, prompt
-from paddock.v1 import generation_pb2, model_manager_pb2
+from bench.jobs import Job, grpc_request, own_cpu_seconds
 from paddock_server.worker.environment import set_library_environment
 
 set_library_environment()  # as a worker does, before the import of llama_cpp
@@ -41,14 +39,10 @@ class EngineAlone:
     def run(self, job: Job) -> dict[str, float]:
         """Run a job to its end."""
         self._tokens = 0
-        cpu, begin = _cpu_seconds(), time.perf_counter()
+        cpu, begin = own_cpu_seconds(), time.perf_counter()
         for stream in range(job.streams):
             self._number += 1
-            request = model_manager_pb2.GenerateRequest(
-                tokens=generation_pb2.TokenInput(token_ids=prompt(job, stream)),
-                sampling=generation_pb2.SamplingParams(temperature=0),
-                stop=generation_pb2.StopParams(max_tokens=job.max_tokens, ignore_eos=True),
-            )
+            request = grpc_request(job, stream)
             self._engine.submit(self._preparer.generation(self._number, request))
         while not self._engine.idle:
             self._engine.step()
@@ -56,17 +50,12 @@ class EngineAlone:
         if self._tokens != job.streams * job.max_tokens:
             message = f"made {self._tokens} of {job.streams * job.max_tokens} tokens"
             raise RuntimeError(message)
-        return {"wall_seconds": wall, "cpu_seconds": _cpu_seconds() - cpu, "completion_tokens": self._tokens}
+        return {"wall_seconds": wall, "cpu_seconds": own_cpu_seconds() - cpu, "completion_tokens": self._tokens}
 
     def _count(self, frame: worker_pb2.WorkerFrame) -> None:
         self._tokens += sum(
             delta.token_count for update in frame.step.updates for delta in update.deltas.deltas
         )
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paddock_server.worker.scheduler import FIRST_CHUNK_TOKENS, Limits, Plan, Scheduler
+from paddock_server.worker.scheduler import FIRST_CHUNK_TOKENS, PROBE_STEPS, Limits, Plan, Scheduler
 from paddock_server.worker.sequence import NO_SLOT, Sequence
 
 LIMITS = Limits(slots=4, cells=1000, batch_tokens=64, queue=2, target_step_milliseconds=50)
@@ -66,6 +66,17 @@ def test_every_eighth_step_beside_streams_goes_without_prompt() -> None:
     assert prompts == [True] * 7 + [False] + [True] * 7 + [False] + [True]
 
 
+def test_twice_the_streams_have_their_step_measured_at_once() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(Limits(8, 10_000, 64, 8, 50))
+    scheduler.submit(sequences(1, 1))
+    run_step(scheduler, milliseconds=100)
+    run_step(scheduler, milliseconds=1)
+    scheduler.submit(sequences(2, 2))
+    run_step(scheduler, milliseconds=100)
+    scheduler.submit(sequences(3, 900))
+    assert [run_step(scheduler, milliseconds=100).prompt_tokens > 0 for _ in range(2)] == [False, True]
+
+
 def test_before_anything_was_measured_a_prompt_beside_streams_goes_in_small_chunks() -> None:
     scheduler: Scheduler[Sequence] = Scheduler(LIMITS)
     scheduler.submit(sequences(1, 1))
@@ -84,6 +95,21 @@ def test_where_streams_alone_are_over_the_target_prompts_still_get_as_much_time_
         plan = scheduler.plan()
         scheduler.observe(plan, 200 + 10 * plan.prompt_tokens)
     assert max(scheduler.plan().prompt_tokens for _ in range(2)) == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize(("prompts", "targets"), [(1, 1), (2, 2), (5, 5), (8, 8), (11, 8)])
+def test_a_step_may_take_a_target_for_every_prompt_a_stream_holds_up_up_to_eight(
+    prompts: int, targets: int
+) -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(Limits(12, 20_000, 512, 12, 50))
+    scheduler.submit(sequences(1, 1))
+    run_step(scheduler, milliseconds=2.5)
+    for group in range(2, 2 + prompts):
+        scheduler.submit(sequences(group, 900))
+    for _ in range(PROBE_STEPS - 2):  # a step costs 2.5 ms per token
+        plan = scheduler.plan()
+        scheduler.observe(plan, 2.5 * plan.tokens)
+    assert plan.tokens * 2.5 == pytest.approx(targets * LIMITS.target_step_milliseconds, abs=2.5)
 
 
 def test_chunks_recover_when_the_machine_has_become_slower() -> None:

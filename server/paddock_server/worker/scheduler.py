@@ -10,6 +10,7 @@ Rules:
 3. The queue is first come, first served, and bounded in requests.
 4. Every sequence with one token to evaluate gets it into the batch. Prompts fill the rest: all of it when
    nobody streams, otherwise as many tokens as keep the step near its target, by the measured time per token.
+   The target grows with the prompts there are for every stream: a long step then delays few and helps many.
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ HEADROOM_TOKENS: Final = 16
 LONGEST_STEP: Final = 2.0
 """A step with prompt tokens may take this many times a step without, when that is over the target."""
 
+MOST_PROMPTS_PER_STREAM: Final = 8
+"""How many prompts waiting for every stream still lengthen a step; each by one target. Bounds the pause of a
+single stream on whose model many requests descend."""
+
 PROBE_STEPS: Final = 8
 """While prompts come in beside streams, one step in this many goes without, to see what streams take.
 
 Else that figure would grow stale during a long prompt, and with it the chunks wrong: small for ever on a
-machine that has become slower, too large on one that has become faster.
+machine that has become slower, too large on one that has become faster. Twice the streams are reason enough
+to look again at once.
 """
 
 _SMOOTHING: Final = 0.4
@@ -113,6 +119,7 @@ class Scheduler(Generic[S]):
         self._free_slots = list(range(limits.slots - 1, -1, -1))
         self._milliseconds_per_token = 0.0
         self._milliseconds_without_prompt = 0.0
+        self._streams_without_prompt = 0
         self._steps_to_probe = PROBE_STEPS
 
     @property
@@ -195,7 +202,11 @@ class Scheduler(Generic[S]):
         if plan.prompt_tokens:
             self._milliseconds_per_token = _smooth(self._milliseconds_per_token, milliseconds / plan.tokens)
         elif plan.work:
-            self._milliseconds_without_prompt = _smooth(self._milliseconds_without_prompt, milliseconds)
+            old = self._milliseconds_without_prompt
+            if len(plan.work) >= 2 * self._streams_without_prompt:
+                old = 0.0  # of another time
+            self._milliseconds_without_prompt = _smooth(old, milliseconds)
+            self._streams_without_prompt = len(plan.work)
 
     def _release(self, sequence: S) -> int:
         slot = sequence.slot
@@ -251,11 +262,11 @@ class Scheduler(Generic[S]):
 
     def _fill(self, plan: Plan[S]) -> None:
         prompts: list[S] = []
-        streams = False
+        streams = 0
         for sequence in self._running:
             if sequence.pending == 1:
                 plan.work.append(Work(sequence, 1))
-                streams = streams or sequence.generated > 0
+                streams += sequence.generated > 0
             elif not self._waits_for_sibling(sequence):
                 prompts.append(sequence)
         if not prompts:
@@ -263,10 +274,10 @@ class Scheduler(Generic[S]):
         room = self.limits.batch_tokens - len(plan.work)
         if streams:
             self._steps_to_probe -= 1
-            if self._steps_to_probe == 0:
+            if self._steps_to_probe <= 0 or streams >= 2 * self._streams_without_prompt > 0:
                 self._steps_to_probe = PROBE_STEPS
                 return
-            room = min(room, self._prompt_budget(len(plan.work)))
+            room = min(room, self._prompt_budget(len(plan.work), len(prompts) / streams))
         for sequence in prompts:
             count = min(room, sequence.pending)
             if count <= 0:
@@ -275,11 +286,12 @@ class Scheduler(Generic[S]):
             plan.prompt_tokens += count
             room -= count
 
-    def _prompt_budget(self, others: int) -> int:
+    def _prompt_budget(self, others: int, prompts_per_stream: float) -> int:
         """Prompt tokens that keep the step near its target beside `others`; at least one."""
         if not self._milliseconds_per_token:
             return FIRST_CHUNK_TOKENS
         goal = max(self.limits.target_step_milliseconds, LONGEST_STEP * self._milliseconds_without_prompt)
+        goal *= min(max(1.0, prompts_per_stream), MOST_PROMPTS_PER_STREAM)
         return max(1, int(goal / self._milliseconds_per_token) - others)
 
 
