@@ -4,7 +4,7 @@
 
 For 1, 8 and 32 streams: tokens a second of the engine alone, through gRPC and through the gateway, in turns,
 with the CPU time per token of every process; the memory of the idle server and of a worker; and how evenly
-streams go on while a prompt of 2,000 tokens is taken in.
+streams go on while a prompt of 2,000 tokens is taken in. README.md beside this says what the paths are.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import argparse
 import json
 import statistics
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.processes import LineProcess, cpu_seconds, memory
 from tests.models.bench import SHAPE, make_bench_model
-from tests.servers import ServerProcess, paddock_up
+from tests.servers import ServerProcess, paddock_gateway, paddock_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +32,11 @@ SLOTS: Final = 33
 CONTEXT_TOKENS: Final = 8192
 PROMPT_TOKENS: Final = 16
 LONG_PROMPT_TOKENS: Final = 2000
-WORKLOADS: Final = {1: 256, 8: 192, 32: 128}
+WORKLOADS: Final = {1: 512, 8: 256, 32: 192}
 """Streams at once, and the tokens each of them makes."""
 
-PATHS: Final = ("engine", "grpc", "gateway")
-PARTS: Final = ("server", "worker", "client")
+PATHS: Final = ("engine", "grpc", "gateway", "grpc.aio", "gateway alone")
+PARTS: Final = ("server", "gateway", "worker", "client")
 MIB: Final = 1024 * 1024
 
 
@@ -59,8 +60,9 @@ class Measurement:
 class Bench:
     """The processes of one run."""
 
-    def __init__(self, server: ServerProcess, model: Path) -> None:
+    def __init__(self, server: ServerProcess, gateway: ServerProcess, model: Path) -> None:
         self.server = server
+        self.gateway = gateway
         self.model = model
         self.engine = LineProcess("bench.engine_alone", str(model), str(SLOTS), str(CONTEXT_TOKENS))
         self.client = LineProcess("bench.load")
@@ -75,8 +77,9 @@ class Bench:
         self, path: str, streams: int, max_tokens: int, *, prompt_tokens: int = PROMPT_TOKENS, seed: int = 0
     ) -> dict[str, Any]:
         """Return a job as the helpers take it."""
-        address = self.server.grpc_address if path.startswith("grpc") else self.server.http_address
-        fields = {"path": path, "address": address, "model": MODEL, "streams": streams}
+        addresses = {"gateway": self.server.http_address, "gateway alone": self.gateway.http_address}
+        fields = {"path": path, "address": addresses.get(path, self.server.grpc_address)}
+        fields |= {"model": MODEL, "streams": streams}
         return fields | {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "seed": seed}
 
     def measure(self, path: str, streams: int, max_tokens: int, seed: int) -> None:
@@ -91,6 +94,8 @@ class Bench:
             return
         (worker,) = self.server.workers()
         pids = {"server": self.server.process.pid, "worker": worker.pid}
+        if path == "gateway alone":
+            pids["gateway"] = self.gateway.process.pid
         before = {part: cpu_seconds(pid) for part, pid in pids.items()}
         answer = self.client.ask(job)
         cpu = {part: cpu_seconds(pid) - before[part] for part, pid in pids.items()}
@@ -107,14 +112,19 @@ def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
         say("making the model (about 100 million parameters, Q8_0)")
         make_bench_model(model)
         flags = ("--parallel", str(SLOTS), "--ctx-size", str(CONTEXT_TOKENS))
-        with paddock_up(model.parent, Path(directory) / "log.jsonl", *flags) as server:
-            idle = memory(server.process.pid)
-            bench = Bench(server, model)
+        with ExitStack() as stack:
+            server = stack.enter_context(paddock_up(model.parent, Path(directory) / "server.jsonl", *flags))
+            idle = memory(server.process.pid)  # before others run who share its libraries
+            gateway_log = Path(directory) / "gateway.jsonl"
+            gateway = stack.enter_context(paddock_gateway(server.grpc_address, gateway_log))
+            bench = Bench(server, gateway, model)
             try:
-                bench.client.ask(bench.job("gateway", 1, 4))
+                for path in PATHS[1:]:
+                    bench.client.ask(bench.job(path, 1, 4))
                 for seed in range(rounds):
                     for streams, max_tokens in workloads.items():
-                        for path in PATHS:
+                        # To and fro, so that a machine that grows slower or faster favours no path.
+                        for path in PATHS if seed % 2 == 0 else reversed(PATHS):
                             say(f"round {seed + 1} of {rounds}: {path}, {streams} streams")
                             bench.measure(path, streams, max_tokens, seed)
                 say("a long prompt beside four streams")
@@ -211,13 +221,14 @@ def say(text: str) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     print(
-        f"\n{'streams':>7}  {'path':<8} {'tokens/s':>9} {'ratio':>6}   CPU us per token: "
+        f"\n{'streams':>7}  {'path':<13} {'tokens/s':>9} {'ratio':>6}   CPU us per token: "
         + "  ".join(f"{part:>7}" for part in PARTS)
     )
     for row in result["speed"]:
-        cpu = "  ".join(f"{row.get(f'{part}_us', float('nan')):7.0f}" for part in PARTS)
+        used = [row.get(f"{part}_us") for part in PARTS]
+        cpu = "  ".join(f"{'-':>7}" if us is None else f"{us:7.0f}" for us in used)
         rate = f"{row['tokens_per_second']:9.1f} {row['ratio']:6.3f}"
-        print(f"{row['streams']:>7}  {row['path']:<8} {rate}   {'':18}{cpu}")
+        print(f"{row['streams']:>7}  {row['path']:<13} {rate}   {'':18}{cpu}")
     for title in ("memory", "long_prompt"):
         print(f"\n{title.replace('_', ' ')}:")
         for name, value in result[title].items():

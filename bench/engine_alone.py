@@ -50,7 +50,11 @@ class EngineAlone:
         if self._tokens != job.streams * job.max_tokens:
             message = f"made {self._tokens} of {job.streams * job.max_tokens} tokens"
             raise RuntimeError(message)
-        return {"wall_seconds": wall, "cpu_seconds": own_cpu_seconds() - cpu, "completion_tokens": self._tokens}
+        return {
+            "wall_seconds": wall,
+            "cpu_seconds": own_cpu_seconds() - cpu,
+            "completion_tokens": self._tokens,
+        }
 
     def _count(self, frame: worker_pb2.WorkerFrame) -> None:
         self._tokens += sum(

@@ -1,4 +1,4 @@
-"""As much of HTTP/2 and gRPC as a client needs that only counts messages (RFC 9113, gRPC's PROTOCOL-HTTP2.md).
+"""As much of HTTP/2 and gRPC as a client needs that only counts messages (RFC 9113; PROTOCOL-HTTP2 of gRPC).
 
 A client library takes as much CPU time for a token as the server does, and on a machine with two cores that
 is time the engine does not get. Headers of the answer are not decoded: the last message says whether all went
