@@ -161,8 +161,12 @@ def test_a_cache_smaller_than_planned_with_is_made_do_with(models_dir: Path) -> 
     with lab(models_dir / "noise.gguf") as bench:
         alone = bench.alone(requests)
     with lab(models_dir / "noise.gguf", context_size_tokens=256, cells=4096) as tight:
-        same(tight.generate(*requests), alone)
-        assert tight.engine._scheduler.limits.cells <= 256 + len(WORDS)
+        numbers = [tight.submit(message) for message in requests]
+        tight.run(until=lambda: tight.engine._scheduler.cells < 4096)
+        assert tight.engine._scheduler.cells <= 256 + len(WORDS)
+        tight.run()
+        same([tight.outputs[number] for number in numbers], alone)
+        assert tight.engine._scheduler.cells == 4096
 
 
 def test_choices_share_the_prompt_and_differ_by_their_seed(models_dir: Path) -> None:

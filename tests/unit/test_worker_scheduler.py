@@ -106,9 +106,10 @@ def test_a_step_may_take_a_target_for_every_prompt_a_stream_holds_up_up_to_eight
     run_step(scheduler, milliseconds=2.5)
     for group in range(2, 2 + prompts):
         scheduler.submit(sequences(group, 900))
-    for _ in range(PROBE_STEPS - 2):  # a step costs 2.5 ms per token
-        plan = scheduler.plan()
+    plan = scheduler.plan()
+    for _ in range(PROBE_STEPS - 3):  # a step costs 2.5 ms per token
         scheduler.observe(plan, 2.5 * plan.tokens)
+        plan = scheduler.plan()
     assert plan.tokens * 2.5 == pytest.approx(targets * LIMITS.target_step_milliseconds, abs=2.5)
 
 
@@ -238,8 +239,50 @@ def test_a_cache_that_holds_less_than_thought_is_planned_with_what_it_holds() ->
     scheduler.submit(sequences(2, 30))
     plan = scheduler.plan()
     scheduler.shrink(plan)
-    assert scheduler.limits.cells == 59
+    assert scheduler.cells == 59
     assert scheduler.plan().freed_slots == [1]
+
+
+def test_all_cells_are_planned_with_again_once_the_sequences_that_lacked_some_are_gone() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(LIMITS)
+    old, young, later = (sequences(group, 30)[0] for group in (1, 2, 3))
+    scheduler.submit([old])
+    scheduler.submit([young])
+    scheduler.shrink(scheduler.plan())
+    scheduler.plan()
+    assert young.slot == NO_SLOT
+    scheduler.submit([later])
+    scheduler.remove(old)
+    scheduler.plan()
+    assert scheduler.cells == 59  # the preempted one still counts
+    scheduler.remove(young)
+    assert scheduler.cells == LIMITS.cells
+    scheduler.plan()
+    assert scheduler.running == [later]
+
+
+def test_a_second_shortage_waits_for_those_that_met_it() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(LIMITS)
+    old, young = sequences(1, 30)[0], sequences(2, 30)[0]
+    scheduler.submit([old])
+    scheduler.submit([young])
+    scheduler.shrink(scheduler.plan())
+    scheduler.shrink(scheduler.plan())  # only the old one runs
+    assert scheduler.cells == 29
+    scheduler.remove(old)
+    assert scheduler.cells == LIMITS.cells
+
+
+def test_a_sequence_cancelled_while_it_waits_does_not_keep_the_cells_few() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(LIMITS)
+    old, young = sequences(1, 30)[0], sequences(2, 30)[0]
+    scheduler.submit([old])
+    scheduler.submit([young])
+    scheduler.shrink(scheduler.plan())
+    scheduler.plan()
+    assert scheduler.remove(young) == NO_SLOT
+    scheduler.remove(old)
+    assert scheduler.cells == LIMITS.cells
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -270,11 +313,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 20), milliseconds=st.floats(1, 500))
     def step(self, steps: int, milliseconds: float) -> None:
         for _ in range(steps):
-            plan = self.scheduler.plan()
-            for slot in plan.freed_slots:
-                self.forget(slot)
-            for share in plan.shares:
-                self.cache[share.target.slot] = share.count
+            plan = self.plan()
             oldest = self.scheduler.running[0] if self.scheduler.running else None
             assert bool(plan.work) == (not self.scheduler.idle)
             assert oldest is None or not plan.prompt_tokens or any(w.sequence is oldest for w in plan.work)
@@ -287,6 +326,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.cache[share.target.slot] = share.count
             self.scheduler.observe(plan, milliseconds)
             self.grow(plan)
+
+    @rule()
+    def lack_cells(self) -> None:
+        plan = self.plan()
+        if len(self.scheduler.running) > 1:  # the engine ends one that is alone
+            self.scheduler.shrink(plan)
+            assert self.plan().freed_slots
+
+    def plan(self) -> Plan[Sequence]:
+        plan = self.scheduler.plan()
+        for slot in plan.freed_slots:
+            self.forget(slot)
+        for share in plan.shares:
+            self.cache[share.target.slot] = share.count
+        return plan
 
     def grow(self, plan: Plan[Sequence]) -> None:
         for work in plan.work:
@@ -305,6 +359,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cells_suffice(self) -> None:
         if hasattr(self, "scheduler"):
             assert self.scheduler.used_cells <= self.limits.cells
+
+    @invariant()
+    def few_cells_are_planned_with_no_longer_than_those_they_were_too_few_for(self) -> None:
+        if hasattr(self, "scheduler"):
+            assert self.scheduler.cells <= self.limits.cells
+            if self.scheduler.idle:
+                assert self.scheduler.cells == self.limits.cells
 
     @invariant()
     def slots_belong_to_one_sequence_each(self) -> None:

@@ -252,7 +252,7 @@ class Engine:
         return False
 
     def _make_room(self, plan: Plan[Choice]) -> None:
-        """Plan with fewer cells from now on, since these were not there; end a sequence that is alone."""
+        """Plan with fewer cells for now, since these were not there; end a sequence that is alone."""
         self._scheduler.shrink(plan)
         running = self._scheduler.running
         if len(running) > 1:
@@ -262,7 +262,7 @@ class Engine:
             delta = self._update(choice.group).deltas.deltas.add(choice_index=choice.index)
             self._finish(choice, delta, generation_pb2.FINISH_REASON_LENGTH, perf_counter())
         else:
-            limit = self._scheduler.limits.cells
+            limit = self._scheduler.cells
             self._fail(choice.generation, context_length_exceeded("", choice.prompt_length, limit))
 
     def _sample(self, plan: Plan[Choice]) -> None:

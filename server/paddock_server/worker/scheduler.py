@@ -6,7 +6,8 @@ Rules:
    prompt they share once. The claims of all running sequences never exceed the cells, so a planned batch
    always fits.
 2. When output has grown past the cells, the youngest sequence is preempted: it loses its cells, goes back to
-   the head of the queue and is computed again later. The oldest one therefore always gets on.
+   the head of the queue and is computed again later. The oldest one therefore always gets on. Where the cache
+   turns out to hold less than was thought, fewer cells are planned with until the sequences of then are gone.
 3. The queue is first come, first served, and bounded in requests.
 4. Every sequence with one token to evaluate gets it into the batch. Prompts fill the rest: all of it when
    nobody streams, otherwise as many tokens as keep the step near its target, by the measured time per token.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from paddock_server.worker.sequence import NO_SLOT, Sequence
@@ -114,6 +115,8 @@ class Scheduler(Generic[S]):
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.preemption_count = 0
+        self._cells = limits.cells
+        self._shrunk_beside: list[S] = []
         self._queue: deque[S] = deque()
         self._running: list[S] = []  # by age
         self._free_slots = list(range(limits.slots - 1, -1, -1))
@@ -126,6 +129,11 @@ class Scheduler(Generic[S]):
     def running(self) -> list[S]:
         """Sequences that have a slot, oldest first."""
         return self._running
+
+    @property
+    def cells(self) -> int:
+        """Cells planned with: those of the limits, or fewer for a while after `shrink`."""
+        return self._cells
 
     @property
     def idle(self) -> bool:
@@ -159,6 +167,10 @@ class Scheduler(Generic[S]):
 
     def remove(self, sequence: S) -> int:
         """Take a sequence out, wherever it is; returns the slot to drop, or `NO_SLOT`."""
+        if sequence in self._shrunk_beside:
+            self._shrunk_beside.remove(sequence)
+            if not self._shrunk_beside:
+                self._cells = self.limits.cells
         if sequence.slot == NO_SLOT:
             if sequence in self._queue:
                 self._queue.remove(sequence)
@@ -168,7 +180,7 @@ class Scheduler(Generic[S]):
     def plan(self) -> Plan[S]:
         """Decide the next step; changes who has a slot, and nothing else."""
         plan: Plan[S] = Plan()
-        while len(self._running) > 1 and self._claims() > self.limits.cells:
+        while len(self._running) > 1 and self._claims() > self._cells:
             plan.freed_slots.append(self.preempt_youngest())
         self._admit(plan)
         self._fill(plan)
@@ -194,8 +206,13 @@ class Scheduler(Generic[S]):
         return shares
 
     def shrink(self, plan: Plan[S]) -> None:
-        """Learn that the cache had no room for a plan: what it really holds is less than was thought."""
-        self.limits = replace(self.limits, cells=min(self.limits.cells, self.used_cells + plan.tokens) - 1)
+        """Learn that the cache had no room for a plan: what it really holds is less than was thought.
+
+        What was missing depends on what is running now, so all cells are planned with again once every one
+        of these sequences has been removed; one that was preempted meanwhile still counts.
+        """
+        self._cells = min(self._cells, self.used_cells + plan.tokens) - 1
+        self._shrunk_beside = list(self._running)
 
     def observe(self, plan: Plan[S], milliseconds: float) -> None:
         """Learn from how long a step took."""
@@ -230,7 +247,7 @@ class Scheduler(Generic[S]):
         while self._queue and self._free_slots:
             first = self._queue[0]
             headroom = HEADROOM_TOKENS * (len(self._running) + 1)
-            if self._running and self._claims(first) + headroom > self.limits.cells:
+            if self._running and self._claims(first) + headroom > self._cells:
                 return
             self._queue.popleft()
             first.slot = self._free_slots.pop()
