@@ -72,6 +72,7 @@ class ServerFrame(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    CANCEL_CALL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load(self) -> Global___Load:
         """Load a model. Sent once, first."""
@@ -100,6 +101,12 @@ class ServerFrame(_message.Message):
     def shutdown(self) -> Global___Shutdown:
         """Stop at once: what still runs is dropped. The worker exits with code 0."""
 
+    @_builtins.property
+    def cancel_call(self) -> Global___CancelCall:
+        """Drop a call that is no longer waited for. It may be answered all the
+        same, and an unknown number is ignored: the reply may be on its way.
+        """
+
     def __init__(
         self,
         *,
@@ -109,12 +116,13 @@ class ServerFrame(_message.Message):
         cancel: Global___Cancel | None = ...,
         call: Global___Call | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        cancel_call: Global___CancelCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["load", "abort_load", "start", "cancel", "call", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["load", "abort_load", "start", "cancel", "call", "shutdown", "cancel_call"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -249,7 +257,9 @@ class Load(_message.Message):
     batch_size_tokens: _builtins.int
     """Most tokens decoded in one step."""
     queue_limit: _builtins.int
-    """Requests that may wait for a slot."""
+    """Requests that may wait for a slot, and calls to embed that may wait beside
+    the one being computed.
+    """
     target_step_milliseconds: _builtins.int
     """Length of step to aim at while other sequences stream, in milliseconds;
     prompts are cut into chunks that keep to it.
@@ -716,6 +726,28 @@ class Reply(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___Reply: _TypeAlias = Reply  # noqa: Y015
+
+@_typing.final
+class CancelCall(_message.Message):
+    """Drop a call: at once while it waits, between two batches once it is computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Its number."""
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelCall: _TypeAlias = CancelCall  # noqa: Y015
 
 @_typing.final
 class Shutdown(_message.Message):
