@@ -191,6 +191,41 @@ def test_choices_share_the_prompt_and_differ_by_their_seed(models_dir: Path) -> 
     assert output.finished.seed == 40
 
 
+def sliding_requests() -> list[model_manager_pb2.GenerateRequest]:
+    """Prompts and outputs several windows long."""
+    return [
+        request(
+            f"{word}, at the end of the pier. " * 10,
+            stop={"maxTokens": 100, "ignoreEos": True},
+            logprobs=LOGPROBS,
+        )
+        for word in WORDS[:4]
+    ]
+
+
+def test_under_a_sliding_window_requests_at_once_give_what_each_gives_alone(models_dir: Path) -> None:
+    requests = sliding_requests()
+    with lab(models_dir / "noise.gguf") as bench:
+        without_window = bench.alone(requests)
+    with lab(models_dir / "sliding.gguf") as bench:
+        assert bench.loaded.model.sliding_window_tokens == 32
+        alone = bench.alone(requests)
+        same(alone, without_window)
+        same(bench.generate(*requests), alone)
+        assert len({tuple(output.tokens()) for output in alone}) == 4
+
+
+def test_under_a_sliding_window_choices_of_one_request_give_what_it_gives_alone(models_dir: Path) -> None:
+    requests = sliding_requests()
+    # Far fewer cells than all choices take: what falls out of a window is given to others.
+    with lab(models_dir / "sliding.gguf", context_size_tokens=1024) as bench:
+        alone = bench.alone(requests)
+        for message in requests:
+            message.choice_count = 3
+        for output, other in zip(bench.generate(*requests), alone, strict=True):
+            assert [output.tokens(choice) for choice in range(3)] == [other.tokens()] * 3
+
+
 def test_while_a_long_prompt_is_taken_in_streams_go_on_between_its_chunks(models_dir: Path) -> None:
     with lab(models_dir / "noise.gguf", context_size_tokens=8192, target_step_milliseconds=10) as bench:
         streams = [bench.submit(request(word, stop={"ignoreEos": True})) for word in WORDS[:4]]

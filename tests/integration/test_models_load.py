@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GENERATORS = [name for name in MODELS if not name.startswith("embed")]
-NOISE = ["noise", "noise-b", "sharded", "multibyte", "stops"]
+NOISE = ["noise", "noise-b", "sharded", "multibyte", "stops", "sliding"]
 CHAT = "<|im_start|>user\nWhat did the user ask?<|im_end|>\n<|im_start|>assistant\n"
 STAGES = ["load", "context", "decode"]
 

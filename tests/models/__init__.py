@@ -51,6 +51,7 @@ MODELS: Final[dict[str, Maker]] = {
     ),
     "stops": partial(make_noise, seed=5, name="Noise that stops at once", stop_share=0.3),
     "no-template": partial(make_noise, seed=6, name="Noise without a chat template", chat_template=None),
+    "sliding": partial(make_noise, name="Noise, two layers of which have a sliding window", window=32),
     "template-raises": partial(
         make_noise, seed=7, name="Noise, a template that raises", chat_template=RAISING
     ),

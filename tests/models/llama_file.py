@@ -1,4 +1,7 @@
-"""Writes a llama-architecture GGUF file: hyperparameters, tokenizer, tensors, in one file or in shards."""
+"""Writes a llama-architecture GGUF file: hyperparameters, tokenizer, tensors, in one file or in shards.
+
+With a sliding window the architecture is granite_swa: a llama but for windows, and attention sinks per head.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,16 @@ class LlamaShape:
     head: int
     context: int
     rope_base: float = 10000.0
+    window: int = 0
+    """Positions a sliding layer attends to, its own among them; 0: no layer slides."""
+
+    sliding_layers: int = 0
+    """How many layers, from the first on, attend to the window alone."""
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture in GGUF."""
+        return "granite_swa" if self.window else "llama"
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the hyperparameters to a GGUF file."""
@@ -52,6 +65,11 @@ class LlamaShape:
         writer.add_rope_dimension_count(self.head)
         writer.add_rope_freq_base(self.rope_base)
         writer.add_layer_norm_rms_eps(1e-5)
+        if self.window:
+            writer.add_sliding_window(self.window)
+            writer.add_sliding_window_pattern([layer < self.sliding_layers for layer in range(self.layers)])
+            writer.add_logit_scale(1.0)
+            writer.add_array(f"{self.architecture}.deepstack_mapping", [-1] * self.layers)  # none
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +97,7 @@ def write_llama(
     always in F32. With more than one shard, `path` gives only folder and stem of the names.
     """
     per_shard = ceil(len(tensors) / shards) if shards > 1 else 0
-    writer = GGUFWriter(path, "llama", split_max_tensors=per_shard)
+    writer = GGUFWriter(path, shape.architecture, split_max_tensors=per_shard)
     writer.add_name(about.name)
     writer.add_description(about.description)
     writer.add_file_type(file_type)

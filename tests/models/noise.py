@@ -68,6 +68,8 @@ SHARPNESS: Final = 1000.0
 BIT_PRICE: Final = (1.0, 1.8)
 FLAG_PRICE: Final = 10.0
 UNLIKELY: Final = -40.0
+NO_SINK: Final = -1e6
+"""Score of an attention sink that takes nothing from the positions."""
 
 ONE_LINE: Final = " " + " ".join(PASSAGE.split())
 ROLES: Final = "system\nuser\nassistant\n"
@@ -92,12 +94,14 @@ def make_noise(
     stop_share: float | None = None,
     multibyte_share: float = 0.0,
     shards: int = 1,
+    window: int = 0,
 ) -> list[Path]:
     """Write a noise model and return its files.
 
     `stop_share` is the share of tokens that end the generation; without it only a full stop can be followed
     by an end, on average after some hundred tokens. `multibyte_share` is the share of characters that take
-    two or three tokens, all of them valid UTF-8 when complete. Both lie between 0 and 1.
+    two or three tokens, all of them valid UTF-8 when complete. Both lie between 0 and 1. With a `window` the
+    layers that never look further back attend to that many positions alone, which changes nothing they say.
     """
     rng = np.random.default_rng(seed)
     vocab = noise_vocabulary()
@@ -108,7 +112,12 @@ def make_noise(
         "output_norm.weight": _norm(),
         "output.weight": _output(rng, len(vocab), codes),
     }
-    shape = LlamaShape(LAYERS, EMBEDDING, FEED_FORWARD, HEADS, HEADS_KV, HEAD, context, ROPE_BASE)
+    if window:
+        sinks = np.full(HEADS, NO_SINK, np.float32)
+        tensors |= {f"blk.{layer}.attn_sinks.weight": sinks for layer in range(LAYERS)}
+    sliding = sum(HEADS * RADIX**layer < window for layer in range(LAYERS))
+    sizes = (LAYERS, EMBEDDING, FEED_FORWARD, HEADS, HEADS_KV, HEAD, context, ROPE_BASE)
+    shape = LlamaShape(*sizes, window=window, sliding_layers=sliding)
     description = f"Hashes its context into random English words (seed {seed}). Made for tests."
     return write_llama(path, shape, vocab, tensors, About(name, description, chat_template), shards=shards)
 
