@@ -77,6 +77,9 @@ class Behaviour:
     fail_generate_reason: str = ""
     fail_generate_message: str = "the fake was told to fail"
     fail_generate_field: str = ""
+    step_milliseconds: int = 0
+    """What its heartbeats say while a generation runs; so for the next one."""
+    preparation_milliseconds: int = 0
     crash_after_tokens: int | None = None
     """Tokens of one generation after which it dies, as for `crash_at`."""
     fault: Fault | None = None

@@ -19,6 +19,14 @@ class SupervisorTimeouts:
     """Without a frame of any kind, after which a worker is killed. Ten heartbeats of two seconds: a page
     fault or a busy core delays some of them, nothing healthy delays ten."""
 
+    step: float = 600.0
+    """One step of the engine. The full batch of a large model on a slow CPU takes minutes; what takes longer
+    does not end, such as a grammar whose states double with every character."""
+
+    preparation: float = 60.0
+    """Of one request: checking, rendering, tokenizing, reading its grammar. Milliseconds, and seconds for the
+    longest text; what takes longer does not end. Nobody else's request is prepared meanwhile."""
+
     load_stall: float = 60.0
     """Without progress while weights are read. Progress comes per tensor; the largest tensors are about 2
     GiB, which a disk of 50 MB/s reads in 40 s."""

@@ -39,9 +39,9 @@ class Worker:
     """A live worker process. Made by `Launcher.start`, once it has introduced itself.
 
     It ends in one of two ways: somebody calls `stop`, or it crashes. Crashed is whatever nobody asked for: an
-    exit, a signal, a closed connection, a frame that breaks the protocol, silence. Either way everything that
-    runs on it is ended with an error at once, and `exited` resolves when the process, and whatever it
-    started, is gone.
+    exit, a signal, a closed connection, a frame that breaks the protocol, silence, work that does not end.
+    Either way everything that runs on it is ended with an error at once, and `exited` resolves when the
+    process, and whatever it started, is gone.
     """
 
     def __init__(
@@ -215,6 +215,9 @@ class Worker:
             if done:
                 return self._connection.closed.result() if self._connection.closed.done() else ""
             self._oom.sample()
+            overrun = self._overrun()
+            if overrun:
+                return overrun
             # The handshake's time-out is in charge of the hello, the load's of what comes next (an engine is
             # long to import, and does not beat before), the ladder of a stop.
             if self._connection.frame_count != seen or seen <= 1 or self._stop_asked:
@@ -222,6 +225,18 @@ class Worker:
             else:
                 silent_ticks += 1
         return f"it sent nothing for {self._timeouts.hang:g} s"
+
+    def _overrun(self) -> str:
+        """Return what the worker has been at for too long by its own account, or nothing. Its heart beats on:
+        it is a thread of its own, and a call that does not end lets it run."""
+        beat, timeouts = self._connection.heartbeat, self._timeouts
+        if beat is None or self._stop_asked:
+            return ""
+        if beat.step_milliseconds > timeouts.step * 1000:
+            return f"one step took longer than {timeouts.step:g} s"
+        if beat.preparation_milliseconds > timeouts.preparation * 1000:
+            return f"it prepared one request for longer than {timeouts.preparation:g} s"
+        return ""
 
     async def _end_crashed(self, fault: str) -> None:
         """Make sure that a worker at fault is gone, and tell who waits even when it cannot be made to."""

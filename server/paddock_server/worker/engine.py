@@ -31,6 +31,7 @@ from paddock_server.worker.generation import MOST_CHOICES, Choice, Generation, P
 from paddock_server.worker.logprobs import token_logprob
 from paddock_server.worker.scheduler import Limits, Plan, Scheduler, Share
 from paddock_server.worker.sequence import NO_SLOT
+from paddock_server.worker.stopwatch import Stopwatch
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Engine:
         self._news = worker_pb2.WorkerFrame()
         self._flight_lock = threading.Lock()
         self._in_flight: set[int] = set()
-        self._step_started_at: float | None = None
+        self._step_watch = Stopwatch()
         self._steps = 0
         self._stats = Stats()
         self._stats_at = 0.0
@@ -131,8 +132,7 @@ class Engine:
     @property
     def step_milliseconds(self) -> int:
         """How long the step in progress has been running; 0 between steps."""
-        started_at = self._step_started_at
-        return 0 if started_at is None else int((perf_counter() - started_at) * 1000)
+        return self._step_watch.milliseconds
 
     # The engine's thread.
 
@@ -163,14 +163,14 @@ class Engine:
     def step(self) -> None:
         """Make one step: a token of every sequence that streams, and what fits of the prompts."""
         self._take_commands(wait=False)
-        started_at = self._step_started_at = perf_counter()
+        started_at = self._step_watch.start()
         self._embed()
         plan = self._schedule()
         if self._decode(plan):
             self._sample(plan)
             self._scheduler.observe(plan, (perf_counter() - started_at) * 1000)
         self._publish()
-        self._step_started_at = None
+        self._step_watch.stop()
 
     def close(self) -> None:
         """Free what the engine made. The model stays the caller's."""

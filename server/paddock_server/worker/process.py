@@ -19,6 +19,7 @@ from paddock_server.worker.engine import CancelCommand, Engine
 from paddock_server.worker.errors import Reason, WorkerError
 from paddock_server.worker.loading import load_model
 from paddock_server.worker.requests import Preparer
+from paddock_server.worker.stopwatch import Stopwatch
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class WorkerProcess:
         self._most_waiting = 0
         self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int] = queue.SimpleQueue()
         self._preparing: set[int] = set()
+        self._preparation_watch = Stopwatch()
         self._calls: queue.SimpleQueue[worker_pb2.Call] = queue.SimpleQueue()
 
     def serve(self) -> None:
@@ -147,12 +149,14 @@ class WorkerProcess:
                 engine.post(CancelCommand(item))
                 continue
             start, received_at = item
+            self._preparation_watch.start()
             try:
                 prepared = preparer.generation(start.generation, start.request, received_at=received_at)
             except WorkerError as error:
                 self._refuse(start.generation, error)
             else:
                 engine.post(prepared)
+            self._preparation_watch.stop()
             self._preparing.discard(start.generation)
 
     def _answer(self, engine: Engine, preparer: Preparer) -> None:
@@ -194,6 +198,7 @@ class WorkerProcess:
             kv_cache_total_tokens=self._cells,
             step_count=stats.steps,
             step_milliseconds=engine.step_milliseconds,
+            preparation_milliseconds=self._preparation_watch.milliseconds,
         )
 
 

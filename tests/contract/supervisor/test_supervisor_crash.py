@@ -169,6 +169,41 @@ async def test_a_silent_worker_whose_heart_beats_lives(start_loaded: StartWorker
 
 
 @pytest.mark.parametrize(
+    ("busy", "cause"),
+    [
+        ({"step_milliseconds": 600_001}, "one step took longer than 600 s"),
+        ({"preparation_milliseconds": 60_001}, "it prepared one request for longer than 60 s"),
+    ],
+    ids=["step", "preparation"],
+)
+async def test_a_worker_at_work_that_does_not_end_is_killed_although_its_heart_beats(
+    start_loaded: StartWorker, busy: dict[str, int], cause: str
+) -> None:
+    timeouts = dataclasses.replace(QUICK, hang=1.0)
+    worker = await start_loaded(timeouts=timeouts, heartbeat_seconds=0.02, tokens_per_second=50, **busy)
+    readers = await running_readers(worker, 2)
+
+    errors = [await crash_of(reader) for reader in readers]
+
+    for error in errors:
+        assert (error.reason, error.code) == (Reason.WORKER_CRASHED, Code.UNAVAILABLE)
+        assert str(error) == f"The worker of model 'm' was killed because {cause}."
+        assert error.metadata == {"model": "m", "signal": "SIGKILL", "cause": cause}
+        assert not error.exit.intended
+
+
+async def test_work_that_takes_as_long_as_it_may_is_no_fault(start_loaded: StartWorker) -> None:
+    timeouts = dataclasses.replace(QUICK, hang=0.4)
+    busy = {"step_milliseconds": 600_000, "preparation_milliseconds": 60_000}
+    worker = await start_loaded(timeouts=timeouts, heartbeat_seconds=0.02, tokens_per_second=50, **busy)
+    await running_readers(worker, 1)
+
+    await asyncio.wait({worker.exited}, timeout=0.5)
+
+    assert not worker.exited.done()
+
+
+@pytest.mark.parametrize(
     ("fault", "cause"),
     [
         ("garbage", "it broke the framing: a frame announces 67108865 bytes"),

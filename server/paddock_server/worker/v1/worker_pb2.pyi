@@ -778,6 +778,7 @@ class Heartbeat(_message.Message):
     KV_CACHE_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     STEP_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    PREPARATION_MILLISECONDS_FIELD_NUMBER: _builtins.int
     active_sequence_count: _builtins.int
     """Sequences being decoded."""
     queued_request_count: _builtins.int
@@ -792,6 +793,10 @@ class Heartbeat(_message.Message):
     """How long the step in progress has been running, in milliseconds; 0 between
     steps.
     """
+    preparation_milliseconds: _builtins.int
+    """How long the request now being prepared has been in preparation, in
+    milliseconds; 0 when none is.
+    """
     def __init__(
         self,
         *,
@@ -801,10 +806,11 @@ class Heartbeat(_message.Message):
         kv_cache_total_tokens: _builtins.int = ...,
         step_count: _builtins.int = ...,
         step_milliseconds: _builtins.int = ...,
+        preparation_milliseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequence_count", b"active_sequence_count", "kv_cache_total_tokens", b"kv_cache_total_tokens", "kv_cache_used_tokens", b"kv_cache_used_tokens", "queued_request_count", b"queued_request_count", "step_count", b"step_count", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequence_count", b"active_sequence_count", "kv_cache_total_tokens", b"kv_cache_total_tokens", "kv_cache_used_tokens", b"kv_cache_used_tokens", "preparation_milliseconds", b"preparation_milliseconds", "queued_request_count", b"queued_request_count", "step_count", b"step_count", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
