@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from paddock.api import ModelManagerApi
-from paddock.daemons import is_exposed, loop_factory
+from paddock.daemons import is_exposed, loop_factory, told_to_stop
 from paddock_server.catalog import Catalog, CatalogError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
@@ -112,28 +111,16 @@ async def run_server(
 
     `ready` is called once, when calls are accepted.
     """
-    stop = asyncio.Event()
-    current = asyncio.current_task()
-
-    def on_signal() -> None:
-        if stop.is_set() and current is not None:
-            current.cancel()
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        async with serving(config, attach=attach) as server:
-            if ready is not None:
-                ready(server)
-            await stop.wait()
-    except asyncio.CancelledError:
-        # Only the second signal cancels: what the drain was waiting for has been cut, workers end with us.
-        log.warning("server_stop_cut_short")
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+    async with told_to_stop() as stop:
+        try:
+            async with serving(config, attach=attach) as server:
+                if ready is not None:
+                    ready(server)
+                await stop.wait()
+        except asyncio.CancelledError:
+            # What the drain was waiting for has been cut; workers end with us.
+            log.warning("server_stop_cut_short")
+            raise
 
 
 def run(

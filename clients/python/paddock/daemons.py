@@ -1,14 +1,18 @@
-"""What a server and a gateway alone have in common as processes: their event loop, and who can reach them."""
+"""What a server and a gateway alone have in common as processes: event loop, signals, who can reach them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import ipaddress
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -18,6 +22,38 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     import uvloop
 
     return uvloop.new_event_loop
+
+
+@contextlib.asynccontextmanager
+async def told_to_stop() -> AsyncGenerator[asyncio.Event]:
+    """Give an event that SIGTERM and SIGINT set, for a block that then drains and ends.
+
+    A second signal cancels the block: what was still draining is cut, and the block counts as done. Only for
+    the main thread. Raises `CancelledError` when somebody else cancels the task.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    cuts = 0
+
+    def on_signal() -> None:
+        nonlocal cuts
+        if stop.is_set() and task is not None:
+            cuts += task.cancel()
+        stop.set()
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    except asyncio.CancelledError:
+        if task is None or cuts == 0 or task.cancelling() > cuts:
+            raise  # somebody else cancelled
+        for _ in range(cuts):
+            task.uncancel()
+    finally:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 def is_exposed(host: str) -> bool:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import importlib.util
 import inspect
-import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from functools import wraps
@@ -22,7 +21,7 @@ from paddock.cli import output
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
-from paddock.daemons import is_exposed, loop_factory
+from paddock.daemons import is_exposed, loop_factory, told_to_stop
 
 if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
@@ -203,7 +202,7 @@ def gateway(
         async with (
             connect(server) as channel,
             MultiplexedApi(channel) as api,
-            _told_to_stop() as stop,
+            told_to_stop() as stop,
             serve(api, host, port, drain_seconds=drain_seconds, options=options) as running,
         ):
             _log_gateway(running)
@@ -284,28 +283,3 @@ def _log_gateway(gateway: Gateway) -> None:
             host=gateway.host,
             advice="Anyone who reaches this address can use the server.",
         )
-
-
-@contextlib.asynccontextmanager
-async def _told_to_stop() -> AsyncGenerator[asyncio.Event]:
-    """Give an event that SIGTERM and SIGINT set. A second signal cancels what is still being drained."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-
-    def on_signal() -> None:
-        if stop.is_set() and task is not None:
-            task.cancel()
-        stop.set()
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield stop
-    except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
