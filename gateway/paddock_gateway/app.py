@@ -41,6 +41,9 @@ class GatewayOptions:
     ping_interval_seconds: float = 15.0
     """Silence on a stream after which a comment is sent."""
 
+    stalled_client_seconds: float = 120.0
+    """A client that takes nothing off the socket for this long counts as gone."""
+
     prompts_at_once: int = 8
     """Prompts of one completion request that are generated for at a time."""
 
@@ -53,10 +56,11 @@ class GatewayOptions:
 
 
 class GatewayApp:
-    """The application. Outermost layer: identity, the log line, and stopping what runs."""
+    """The application. Outermost layer: identity, the log line, clients that are gone, stopping what runs."""
 
-    def __init__(self, inner: ASGIApp) -> None:
+    def __init__(self, inner: ASGIApp, stalled_client_seconds: float) -> None:
         self._inner = inner
+        self._stalled_client_seconds = stalled_client_seconds
         self._exchanges: set[Exchange] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,10 +72,14 @@ class GatewayApp:
         header = (b"x-request-id", exchange.request_id.encode())
 
         async def send_identified(message: Message) -> None:
+            if message.get("more_body"):
+                # A part of a stream: `watch_client` looks at how long it takes, which costs less per token.
+                await send(message)
+                return
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
-            await send(message)
+            await self._send_in_time(send, message)
 
         token = request_id.set(exchange.request_id)
         self._exchanges.add(exchange)
@@ -79,11 +87,21 @@ class GatewayApp:
             with structlog.contextvars.bound_contextvars(request_id=exchange.request_id):
                 try:
                     await self._inner(scope, receive, send_identified)
+                except ClientGoneError:
+                    exchange.reason = "CLIENT_GONE"
+                    exchange.status = exchange.status or CLIENT_GONE_STATUS
                 finally:
                     exchange.log()
         finally:
             self._exchanges.discard(exchange)
             request_id.reset(token)
+
+    async def _send_in_time(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._stalled_client_seconds):
+                await send(message)
+        except TimeoutError:
+            raise ClientGoneError from None
 
     def interrupt(self) -> None:
         """End every generation that runs, with SHUTTING_DOWN."""
@@ -109,8 +127,7 @@ class ErrorBoundary:
             self._check_host(scope)
             await self._router(scope, receive, send)
         except ClientGoneError:
-            exchange.reason = "CLIENT_GONE"
-            exchange.status = exchange.status or CLIENT_GONE_STATUS
+            raise  # nobody is left to answer
         except (PaddockError, RequestRefusedError) as error:
             await _fail(exchange, send, error)
         except HTTPException as error:
@@ -147,6 +164,7 @@ def create_app(api: ModelManagerApi, options: GatewayOptions | None = None) -> G
     limits = GenerationLimits(
         max_body_bytes=options.max_body_bytes,
         ping_interval_seconds=options.ping_interval_seconds,
+        stalled_client_seconds=options.stalled_client_seconds,
         prompts_at_once=options.prompts_at_once,
     )
     health, models = Health(api), Models(api)
@@ -172,7 +190,7 @@ def create_app(api: ModelManagerApi, options: GatewayOptions | None = None) -> G
             allow_headers=("*",),
             expose_headers=("x-request-id",),
         )
-    return GatewayApp(app)
+    return GatewayApp(app, options.stalled_client_seconds)
 
 
 async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:

@@ -51,6 +51,7 @@ class GenerationLimits:
 
     max_body_bytes: int
     ping_interval_seconds: float
+    stalled_client_seconds: float
     prompts_at_once: int
 
 
@@ -135,9 +136,7 @@ class Generate:
         exchange.model = plan.model
         exchange.name_of = plan.name_of
         reply = (StreamReply if plan.stream else DocumentReply)(plan, exchange, send)
-        watcher = asyncio.create_task(
-            watch_client(receive, exchange.interrupt, reply, self._limits.ping_interval_seconds)
-        )
+        watcher = asyncio.create_task(watch_client(receive, exchange.interrupt, reply, self._limits))
         try:
             async with exchange.interrupt.block():
                 await run_generations(
@@ -183,16 +182,19 @@ def _refuse_size(limit: int) -> None:
     )
 
 
-async def watch_client(receive: Receive, interrupt: Interrupt, reply: Reply, ping_interval: float) -> None:
+async def watch_client(
+    receive: Receive, interrupt: Interrupt, reply: Reply, limits: GenerationLimits
+) -> None:
     """Interrupt a request whose client goes away, and keep its connection alive until then."""
-    wait = ping_interval
+    interval, patience = limits.ping_interval_seconds, limits.stalled_client_seconds
+    wait = interval
     while True:
         try:
             async with asyncio.timeout(wait):
                 message = await receive()
         except TimeoutError:
             try:
-                wait = await reply.keep_alive(ping_interval)
+                wait = await reply.keep_alive(interval, patience)
             except TimeoutError:
                 break
         else:

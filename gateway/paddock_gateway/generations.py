@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from paddock.errors import PaddockError
+from paddock_gateway.errors import ClientGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
     from paddock.v1 import model_manager_pb2 as pb
 
+    Failure = PaddockError | ClientGoneError
     Take = Callable[[int, pb.GenerateResponse], Awaitable[None]]
 
 
@@ -48,14 +50,14 @@ async def run_generations(
         async with asyncio.TaskGroup() as group:
             for index, request in enumerate(requests):
                 group.create_task(run_in_place(index, request))
-    except* PaddockError as errors:
+    except* (PaddockError, ClientGoneError) as errors:
         failure = _first(errors)
     else:
         return
     raise failure
 
 
-def _first(group: BaseExceptionGroup[PaddockError]) -> PaddockError:
+def _first(group: BaseExceptionGroup[Failure]) -> Failure:
     """Return the error that came first; the others are what it did to its neighbours."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from paddock_gateway.chunks import StreamEncoder
 from paddock_gateway.collect import Collector
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from paddock_gateway.exchange import Exchange
     from paddock_gateway.translate import Plan
 
-STALLED_CLIENT_SECONDS: Final = 120.0
-"""A client that takes nothing off the socket for this long counts as gone."""
-
 
 class Reply(Protocol):
     """An answer to a request for text."""
@@ -38,10 +35,12 @@ class Reply(Protocol):
         """Take one event of the generation of a prompt."""
         ...
 
-    async def keep_alive(self, interval: float) -> float:
+    async def keep_alive(self, interval: float, patience: float) -> float:
         """Keep a silent connection alive; return the seconds until that is due again.
 
-        Raises TimeoutError for a client that has stopped reading.
+        Args:
+            interval: Seconds of silence after which something is sent.
+            patience: Seconds for which a client may take nothing; TimeoutError is raised after them.
         """
         ...
 
@@ -81,17 +80,17 @@ class StreamReply:
             # A client may hang up on reading `[DONE]`: that is no reason to break anything off.
             self._exchange.interrupt.disarm()
 
-    async def keep_alive(self, interval: float) -> float:
+    async def keep_alive(self, interval: float, patience: float) -> float:
         """See `Reply.keep_alive`: a comment after `interval` seconds of silence, once there are headers."""
         silence = time.monotonic() - self._last_send_time
         if self._sending:
-            if silence > STALLED_CLIENT_SECONDS:
+            if silence > patience:
                 raise TimeoutError
             return interval
         if silence < interval:
             return interval - silence
         if self._exchange.status:
-            async with asyncio.timeout(STALLED_CLIENT_SECONDS):
+            async with asyncio.timeout(patience):
                 await self._write(PING)
         return interval
 
@@ -125,8 +124,9 @@ class DocumentReply:
         collector.add(prompt_index, response)
         self._exchange.note_tokens(collector.prompt_tokens, collector.generated_tokens)
 
-    async def keep_alive(self, interval: float) -> float:
+    async def keep_alive(self, interval: float, patience: float) -> float:
         """See `Reply.keep_alive`: a document that has not begun has nothing to send meanwhile."""
+        del patience
         return interval
 
     async def finish(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from paddock_gateway import reply
-from paddock_gateway.app import GatewayOptions
+from paddock_gateway.app import GatewayOptions, create_app
 from tests.gateway.clients import (
     CHAT,
     CHAT_PATH,
@@ -25,7 +25,9 @@ from tests.gateway.clients import (
 from tests.gateway.fake_api import FakeApi, deltas, end, generated, hanging, started, text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
+
+    from starlette.types import Message
 
     from paddock.v1 import model_manager_pb2 as pb
 
@@ -199,10 +201,9 @@ async def test_the_sdk_skips_the_comments() -> None:
     assert [chunk.choices[0].delta.content for chunk in chunks] == [None, "a", None]
 
 
-async def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply, "STALLED_CLIENT_SECONDS", 0.05)
+async def test_a_client_that_stops_reading_counts_as_gone() -> None:
     api = FakeApi(endless)
-    options = GatewayOptions(ping_interval_seconds=0.01)
+    options = GatewayOptions(ping_interval_seconds=0.01, stalled_client_seconds=0.05)
 
     async with served(api, options=options) as gateway, connection(gateway) as raw:
         await send(raw, STREAM)
@@ -210,6 +211,54 @@ async def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.Mo
         await api.until(lambda: api.running == 0)
 
     assert api.cancelled == 1
+
+
+def is_start(message: Message) -> bool:
+    return message["type"] == "http.response.start"
+
+
+def is_end(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body")
+
+
+@pytest.mark.parametrize("stalls", [is_start, is_end], ids=["head", "end"])
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", CHAT_PATH, CHAT, 200),
+        ("POST", CHAT_PATH, STREAM, 200),
+        ("POST", COMPLETION_PATH, {**COMPLETION, "prompt": ["a", "b"], "stream": True}, 200),
+        ("POST", CHAT_PATH, {"model": "tiny"}, 400),
+        ("GET", "/v1/models", None, 200),
+        ("GET", "/nowhere", None, 404),
+    ],
+    ids=["document", "stream", "streams", "error", "models", "no route"],
+)
+async def test_the_last_sends_wait_no_longer_for_a_client_than_those_of_a_stream(
+    stalls: Callable[[Message], bool], method: str, path: str, body: dict[str, Any] | None, status: int
+) -> None:
+    app = create_app(FakeApi(), GatewayOptions(stalled_client_seconds=0.01))
+    requests: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> Message:
+        if not requests:
+            await asyncio.Event().wait()
+        return requests.pop()
+
+    async def never_read(message: Message) -> None:
+        if stalls(message):
+            await asyncio.Event().wait()
+
+    with capture_logs() as logs:
+        async with asyncio.timeout(10):
+            await app(
+                {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""},
+                receive,
+                never_read,
+            )
+
+    (line,) = [entry for entry in logs if entry["event"] == "http_request"]
+    assert (line["status"], line["reason"]) == (status, "CLIENT_GONE")
 
 
 async def test_a_connection_serves_one_request_after_another() -> None:
