@@ -22,6 +22,9 @@ const (
 	ReasonDeadlineExceeded  = "DEADLINE_EXCEEDED"
 	ReasonCancelled         = "CANCELLED"
 	ReasonNotImplemented    = "NOT_IMPLEMENTED"
+	ReasonInvalidField      = "INVALID_FIELD"
+	ReasonKeyInvalid        = "KEY_INVALID"
+	ReasonScopeDenied       = "SCOPE_DENIED"
 	ReasonInternal          = "INTERNAL"
 )
 
@@ -30,6 +33,12 @@ var reasonOfCode = map[codes.Code]string{
 	codes.DeadlineExceeded: ReasonDeadlineExceeded,
 	codes.Canceled:         ReasonCancelled,
 	codes.Unimplemented:    ReasonNotImplemented,
+	// What gRPC itself runs out of is room in a message, and then the same call fails again.
+	codes.ResourceExhausted: ReasonInvalidField,
+	codes.InvalidArgument:   ReasonInvalidField,
+	// HTTP 401 and 403 of a proxy come as these two.
+	codes.Unauthenticated:  ReasonKeyInvalid,
+	codes.PermissionDenied: ReasonScopeDenied,
 }
 
 // FieldViolation is a field of the request that is wrong.

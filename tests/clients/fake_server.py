@@ -19,9 +19,10 @@ from typing import NoReturn
 
 import grpc
 from google.protobuf.message import Message
+from grpc_status import rpc_status
 
 from paddock.errors import ModelNotFoundError, PaddockError, Reason, make_error
-from paddock.status import to_status, to_trailing_metadata
+from paddock.status import to_status
 from paddock.v1 import generation_pb2, model_manager_pb2_grpc, model_pb2
 from paddock.v1 import model_manager_pb2 as pb
 
@@ -268,8 +269,7 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     def _abort(self, error: PaddockError, context: grpc.ServicerContext) -> NoReturn:
         self.finished.update(self.cancelled)
         status = to_status(error, request_id="r-1")
-        context.set_trailing_metadata(to_trailing_metadata(status))
-        context.abort(grpc.StatusCode[error.code.name], status.message)
+        context.abort_with_status(rpc_status.to_status(status))  # pyright: ignore[reportUnknownMemberType]
 
     def _wait_for_cancel(self, rpc: str, context: grpc.ServicerContext) -> None:
         done = threading.Event()

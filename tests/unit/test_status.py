@@ -9,6 +9,7 @@ from google.rpc import (  # pyright: ignore[reportMissingTypeStubs]
     error_details_pb2,
     status_pb2,
 )
+from grpc_status import rpc_status
 
 from paddock.errors import TABLE, Code, FieldViolation, InvalidFieldError, PaddockError, Reason, make_error
 from paddock.status import (
@@ -18,21 +19,25 @@ from paddock.status import (
     from_rpc_error,
     to_generation_error,
     to_status,
-    to_trailing_metadata,
 )
 from paddock.v1 import model_manager_pb2 as pb
 
 
 def rpc_error(
-    code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, bytes], ...] = ()
+    code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, str | bytes], ...] = ()
 ) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details)
+
+
+def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, str | bytes], ...]:
+    """What the server sends: `context.abort_with_status` takes a status made like this."""
+    return rpc_status.to_status(status).trailing_metadata  # pyright: ignore[reportUnknownMemberType]
 
 
 def over_the_wire(error: PaddockError, *, request_id: str = "") -> PaddockError:
     status = to_status(error, request_id=request_id)
     return from_rpc_error(
-        rpc_error(grpc.StatusCode[error.code.name], status.message, to_trailing_metadata(status))
+        rpc_error(grpc.StatusCode[error.code.name], status.message, trailing_metadata(status))
     )
 
 
@@ -142,21 +147,25 @@ def test_a_reason_of_a_newer_server_keeps_its_reason_and_its_code() -> None:
     assert type(received) is PaddockError
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (grpc.StatusCode.UNAVAILABLE, Reason.SERVER_UNREACHABLE),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED),
-        (grpc.StatusCode.CANCELLED, Reason.CANCELLED),
-        (grpc.StatusCode.UNIMPLEMENTED, Reason.NOT_IMPLEMENTED),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.INTERNAL),
-        (grpc.StatusCode.UNKNOWN, Reason.INTERNAL),
-    ],
-)
-def test_without_error_info_the_grpc_code_decides(code: grpc.StatusCode, reason: Reason) -> None:
+REASON_OF_CODE = {
+    grpc.StatusCode.UNAVAILABLE: Reason.SERVER_UNREACHABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED: Reason.CANCELLED,
+    grpc.StatusCode.UNIMPLEMENTED: Reason.NOT_IMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.INVALID_FIELD,
+    grpc.StatusCode.INVALID_ARGUMENT: Reason.INVALID_FIELD,
+    grpc.StatusCode.UNAUTHENTICATED: Reason.KEY_INVALID,
+    grpc.StatusCode.PERMISSION_DENIED: Reason.SCOPE_DENIED,
+}
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_without_error_info_the_grpc_code_decides(code: grpc.StatusCode) -> None:
     received = from_rpc_error(rpc_error(code, "lower-level words"))
 
-    assert received.reason == reason
+    assert received.reason == REASON_OF_CODE.get(code, Reason.INTERNAL)
+    assert (received.retry_after_seconds is not None) == (code is grpc.StatusCode.UNAVAILABLE)
+    assert received.message.startswith("The call failed") == (code not in REASON_OF_CODE)
     assert received.metadata == {"grpc_code": code.name}
     assert received.code.name == (code.name if code.name in Code.__members__ else "INTERNAL")
     assert "lower-level words" in received.message
@@ -182,7 +191,7 @@ def test_the_reason_of_another_domain_is_not_ours() -> None:
     status = status_pb2.Status(code=14)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="example.com"))
 
-    received = from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, "x", to_trailing_metadata(status)))
+    received = from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, "x", trailing_metadata(status)))
 
     assert received.reason == Reason.SERVER_UNREACHABLE
 

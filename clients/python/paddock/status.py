@@ -70,11 +70,6 @@ def to_status(error: PaddockError, *, request_id: str = "") -> status_pb2.Status
     return status
 
 
-def to_trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, bytes]]:
-    """Return the trailing metadata that carries `status`, for `context.abort` beside its code and message."""
-    return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
-
-
 def from_rpc_error(error: grpc.aio.AioRpcError) -> PaddockError:
     """Return the error behind a failed call.
 
@@ -233,20 +228,31 @@ _REASON_OF_CODE: Final[Mapping[str, Reason]] = {
     "DEADLINE_EXCEEDED": Reason.DEADLINE_EXCEEDED,
     "CANCELLED": Reason.CANCELLED,
     "UNIMPLEMENTED": Reason.NOT_IMPLEMENTED,
+    # What gRPC itself runs out of is room in a message, and then the same call fails again: no RATE_LIMITED.
+    "RESOURCE_EXHAUSTED": Reason.INVALID_FIELD,
+    "INVALID_ARGUMENT": Reason.INVALID_FIELD,
+    # HTTP 401 and 403 of a proxy come as these two.
+    "UNAUTHENTICATED": Reason.KEY_INVALID,
+    "PERMISSION_DENIED": Reason.SCOPE_DENIED,
 }
+"""What gRPC itself and proxies answer with. Every other code without details is INTERNAL."""
 
-_PREFIX_OF_REASON: Final[Mapping[Reason, str]] = {
-    Reason.SERVER_UNREACHABLE: "The connection to the server failed",
-    Reason.DEADLINE_EXCEEDED: "The deadline of the call passed",
-    Reason.CANCELLED: "The call was cancelled",
-    Reason.NOT_IMPLEMENTED: "The server does not offer this call",
-    Reason.INTERNAL: "The call failed without a Paddock error",
+_PREFIX_OF_CODE: Final[Mapping[str, str]] = {
+    "UNAVAILABLE": "The connection to the server failed",
+    "DEADLINE_EXCEEDED": "The deadline of the call passed",
+    "CANCELLED": "The call was cancelled",
+    "UNIMPLEMENTED": "The server does not offer this call",
+    "RESOURCE_EXHAUSTED": "The request or its answer is larger than one message may be; ask for less at once",
+    "INVALID_ARGUMENT": "The request was refused before Paddock read it; it must be a message of this call",
+    "UNAUTHENTICATED": "The key was not accepted on the way to the server",
+    "PERMISSION_DENIED": "The key does not allow this call",
 }
 
 
 def _from_code(name: str, details: str) -> PaddockError:
     reason = _REASON_OF_CODE.get(name, Reason.INTERNAL)
-    message = f"{_PREFIX_OF_REASON[reason]} ({name}: {details or 'no details'})."
+    prefix = _PREFIX_OF_CODE.get(name, "The call failed without a Paddock error")
+    message = f"{prefix} ({name}: {details or 'no details'})."
     return make_error(reason, message, metadata={"grpc_code": name}, code=_code_of(name))
 
 
