@@ -16,7 +16,7 @@ from paddock_server.manager import messages as m
 from paddock_server.manager.admission import CountAdmission
 from paddock_server.manager.failure import Failure, model_not_found
 from paddock_server.manager.loop import Committed, Entered, Leaving, Left, Looked, LoopMessage, Stayed
-from paddock_server.manager.options import NO_WISH, Options, Wish
+from paddock_server.manager.options import Options, Wish
 from paddock_server.manager.residency import Look, Residency
 from paddock_server.manager.state import COMING_UP, GOING_DOWN, ActorState, Cause, Limits, Phase
 from paddock_server.manager.transitions import step
@@ -24,6 +24,7 @@ from paddock_server.manager.transitions import step
 DEFAULTS = Options(
     context_size_tokens=2048, gpu_layer_count=-1, slot_count=4, thread_count=0, batch_size_tokens=512
 )
+NO_WISH = Wish({})
 PATIENCE = 10.0
 WAITERS_MAX = 4
 LIMITS = Limits(waiters_max=WAITERS_MAX, drain_seconds=30, admission_timeout_seconds=600)

@@ -7,10 +7,10 @@ import pytest
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
 from paddock_server.manager.failure import Failure
-from paddock_server.manager.options import NO_WISH, Wish
+from paddock_server.manager.options import Wish
 from paddock_server.manager.state import NEVER, Cause, Phase
 from paddock_server.manager.transitions import step
-from tests.unit.manager_world import DEFAULTS, LIMITS, PATIENCE, WAITERS_MAX, Worker, World
+from tests.unit.manager_world import DEFAULTS, LIMITS, NO_WISH, PATIENCE, WAITERS_MAX, Worker, World
 
 EIGHT = Wish({"slot_count": 8})
 CRASH = Reason.WORKER_CRASHED

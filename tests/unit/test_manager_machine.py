@@ -8,9 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
-from paddock_server.manager.options import NO_WISH, Wish
+from paddock_server.manager.options import Wish
 from paddock_server.manager.state import Phase
-from tests.unit.manager_world import DEFAULTS, Worker, World
+from tests.unit.manager_world import DEFAULTS, NO_WISH, Worker, World
 
 NAMES = ("a", "b", "c")
 names = st.sampled_from(NAMES)

@@ -11,7 +11,6 @@ from paddock.errors import InvalidFieldError
 from paddock.v1 import model_pb2
 from paddock_server.manager import ManagerConfig
 from paddock_server.manager.options import (
-    NO_WISH,
     Options,
     Wish,
     default_options,
@@ -84,7 +83,7 @@ def test_the_default_context_is_no_larger_than_the_slots_can_use() -> None:
 def test_conflicts_are_those_fields_that_were_set_and_differ() -> None:
     wish = Wish({"slot_count": 8, "batch_size_tokens": 512})
     assert wish.conflicts(OPTIONS, None) == ("slot_count",)
-    assert NO_WISH.conflicts(OPTIONS, None) == ()
+    assert Wish({}).conflicts(OPTIONS, None) == ()
     assert Wish({}, 99.0).conflicts(OPTIONS, None) == ()
 
 

@@ -91,9 +91,6 @@ class Wish:
         )
 
 
-NO_WISH: Final = Wish(MappingProxyType({}))
-
-
 def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
     """Read the options a caller has set.
 
