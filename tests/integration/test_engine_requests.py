@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from paddock.v1 import generation_pb2, model_manager_pb2
-from paddock_server.worker.embed import next_batch
+from paddock_server.worker.embed import EmbedJob, next_batch
+from paddock_server.worker.engine import CancelCallCommand
 from paddock_server.worker.errors import WorkerError
 from paddock_server.worker.requests import Preparer
 from paddock_server.worker.v1 import worker_pb2
@@ -279,6 +280,59 @@ def test_embeddings_are_computed_between_the_steps_of_generations(noise: Lab) ->
     assert seen[-1] > seen[0] > 0
     assert len(noise.replies.pop(9).embed.embeddings) == 8
     assert noise.outputs[number].finished.usage.completion_tokens == 40
+
+
+def long_job(bench: Lab, call: int) -> EmbedJob:
+    """Return a job of many batches."""
+    texts = ["The morning. " * 40] * 64
+    return bench.preparer.embedding(call, model_manager_pb2.EmbedRequest(texts=texts))
+
+
+def test_a_cancelled_embedding_is_dropped_between_two_batches(models_dir: Path) -> None:
+    with lab(models_dir / "embed.gguf") as bench:
+        job = long_job(bench, 1)
+        bench.engine.post(job)
+        bench.engine.step()
+        computed = len(job.vectors)
+        bench.engine.post(CancelCallCommand(1))
+        assert len(embed(bench, "Fish")) == 1
+        assert len(job.vectors) == computed < len(job.texts)
+        assert 1 not in bench.replies
+
+
+def test_an_embedding_cancelled_in_the_queue_is_not_computed(models_dir: Path) -> None:
+    with lab(models_dir / "embed.gguf") as bench:
+        jobs = [long_job(bench, call) for call in (1, 2, 3)]
+        for job in jobs:
+            bench.engine.post(job)
+        bench.engine.step()
+        bench.engine.post(CancelCallCommand(2))
+        bench.engine.post(CancelCallCommand(999))
+        bench.run()
+        assert not jobs[1].vectors
+        assert list(bench.replies) == [1, 3]
+
+
+def test_a_call_and_a_generation_of_one_number_are_cancelled_apart(noise: Lab) -> None:
+    number = noise.submit(request(stop={"maxTokens": 5, "ignoreEos": True}))
+    message = model_manager_pb2.EmbedRequest(texts=["Fish"])
+    noise.engine.post(noise.preparer.embedding(number, message))
+    noise.engine.post(CancelCallCommand(number))
+    noise.run()
+    assert noise.outputs[number].finished.usage.completion_tokens == 5
+    assert number not in noise.replies
+
+
+def test_a_full_queue_of_embeddings_refuses_the_surplus_only(models_dir: Path) -> None:
+    with lab(models_dir / "embed.gguf", queue_limit=1) as bench:
+        for call in range(1, 6):
+            bench.engine.post(long_job(bench, call))
+        bench.engine.step()
+        assert list(bench.replies) == [3, 4, 5]
+        assert {reply.failed.reason for reply in bench.replies.values()} == {"QUEUE_FULL"}
+        bench.run()
+        assert [len(bench.replies[call].embed.embeddings) for call in (1, 2)] == [64, 64]
+        assert len(embed(bench, "Fish")) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 BOUND_SECONDS = 30.0
 """Way out for a test whose worker never answers."""
+LONG_TEXTS = ["The morning. " * 160] * 64
+"""What to embed in 64 batches, half a second's work."""
 
 
 class Peer:
@@ -246,6 +248,50 @@ def test_a_generation_cancelled_at_once_is_not_computed(noise: Path) -> None:
             peer.send(cancel=worker_pb2.Cancel(generation=number))
         peer.start(9, request("B", stop={"maxTokens": 3, "ignoreEos": True}))
         assert [*peer.updates(9)][-1].finished.usage.completion_tokens == 3
+
+
+def embed(peer: Peer, call: int, *texts: str) -> None:
+    """Ask for embeddings; `Peer.next` brings the answer."""
+    peer.send(call=worker_pb2.Call(call=call, embed=model_manager_pb2.EmbedRequest(texts=texts)))
+
+
+def test_a_cancelled_embedding_frees_the_engine_for_the_next(models_dir: Path) -> None:
+    with worker() as peer:
+        peer.load(models_dir / "embed.gguf")
+        embed(peer, 1, "Fish")
+        assert peer.next().reply.call == 1
+        for call in range(2, 11):
+            embed(peer, call, *LONG_TEXTS)
+        question = model_manager_pb2.TokenizeRequest(text="Fish")
+        peer.send(call=worker_pb2.Call(call=11, tokenize=question))
+        answered: list[int] = []
+        while (reply := peer.next().reply).call != 11:  # answered behind them: all are in the engine then
+            answered.append(reply.call)
+        for call in (*range(1, 11), 77):  # answered, in the engine, unknown
+            peer.send(cancel_call=worker_pb2.CancelCall(call=call))
+        embed(peer, 12, "Fish")
+        while (reply := peer.next().reply).call != 12:
+            answered.append(reply.call)
+        assert len(reply.embed.embeddings) == 1
+        # Were this thread slow, the first could be over before its cancel is sent; hardly all of them.
+        assert len(answered) < 9
+
+
+def test_more_embeddings_than_may_wait_are_refused_and_the_others_served(models_dir: Path) -> None:
+    with worker() as peer:
+        peer.load(models_dir / "embed.gguf", slot_count=1, queue_limit=0)
+        calls = range(1, 21)
+        for call in calls:
+            embed(peer, call, *LONG_TEXTS)
+        replies = [peer.next().reply for _ in calls]
+        assert sorted(reply.call for reply in replies) == [*calls]
+        served = {reply.call for reply in replies if len(reply.embed.embeddings) == len(LONG_TEXTS)}
+        refused = {reply.call for reply in replies if reply.failed.reason == "QUEUE_FULL"}
+        assert 1 in served
+        assert refused
+        assert served | refused == {*calls}
+        embed(peer, 21, "Fish")
+        assert len(peer.next().reply.embed.embeddings) == 1
 
 
 def test_a_template_that_loops_delays_nobody_who_streams(noise: Path, tmp_path: Path) -> None:

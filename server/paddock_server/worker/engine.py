@@ -49,7 +49,15 @@ class CancelCommand:
     number: int
 
 
-Command = PreparedGeneration | CancelCommand | EmbedJob
+@dataclass(frozen=True, slots=True)
+class CancelCallCommand:
+    """Drop an embedding job, between two of its batches if it is being computed. An unknown number is
+    ignored."""
+
+    call: int
+
+
+Command = PreparedGeneration | CancelCommand | EmbedJob | CancelCallCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +197,23 @@ class Engine:
         if isinstance(command, PreparedGeneration):
             self.submit(command)
         elif isinstance(command, EmbedJob):
-            self._embed_jobs.append(command)
+            self._queue_embedding(command)
+        elif isinstance(command, CancelCallCommand):
+            self._embed_jobs = deque(job for job in self._embed_jobs if job.call != command.call)
         else:
             generation = self._generations.get(command.number)
             if generation is not None:
                 self._drop(generation)
+
+    def _queue_embedding(self, job: EmbedJob) -> None:
+        """Queue an embedding job, or say that the queue is full. The first one does not wait."""
+        waiting = self._loaded.queue_limit
+        if len(self._embed_jobs) <= waiting:
+            self._embed_jobs.append(job)
+            return
+        text = f"Embeddings are being computed and {waiting} requests for them wait already."
+        failure = WorkerError(Reason.QUEUE_FULL, text).to_failure()
+        self._send(worker_pb2.WorkerFrame(reply=worker_pb2.Reply(call=job.call, failed=failure)))
 
     def _embed(self) -> None:
         """Compute one batch of the first embedding job."""

@@ -15,7 +15,8 @@ import threading
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from paddock_server.worker.engine import CancelCommand, Engine
+from paddock_server.worker.calls import WaitingCalls
+from paddock_server.worker.engine import CancelCallCommand, CancelCommand, Engine
 from paddock_server.worker.errors import Reason, WorkerError
 from paddock_server.worker.loading import load_model
 from paddock_server.worker.requests import Preparer
@@ -67,7 +68,7 @@ class WorkerProcess:
         self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int] = queue.SimpleQueue()
         self._preparing: set[int] = set()
         self._preparation_watch = Stopwatch()
-        self._calls: queue.SimpleQueue[worker_pb2.Call] = queue.SimpleQueue()
+        self._calls = WaitingCalls()
 
     def serve(self) -> None:
         """Read frames until the server closes the socket. Main thread.
@@ -87,7 +88,9 @@ class WorkerProcess:
         elif kind == "cancel":
             self._cancel(frame.cancel.generation)
         elif kind == "call":
-            self._calls.put(frame.call)
+            self._call(frame.call)
+        elif kind == "cancel_call":
+            self._cancel_call(frame.cancel_call.call)
         elif kind == "load" and self._load_request is None:
             self._load_request = frame.load
             _start_thread("engine", self._load_and_compute)
@@ -113,6 +116,18 @@ class WorkerProcess:
             self._starts.put(generation)
         elif self._engine is not None:
             self._engine.cancel(generation)
+
+    def _call(self, call: worker_pb2.Call) -> None:
+        if self._engine is not None and len(self._calls) > self._most_waiting:
+            error = WorkerError(Reason.QUEUE_FULL, "Too many requests wait to be tokenized.")
+            self._reply(worker_pb2.Reply(call=call.call, failed=error.to_failure()))
+        else:
+            self._calls.put(call)
+
+    def _cancel_call(self, number: int) -> None:
+        """Drop a call that waits to be answered; else the engine may have it."""
+        if not self._calls.cancel(number) and self._engine is not None:
+            self._engine.post(CancelCallCommand(number))
 
     def _load_and_compute(self) -> None:
         """Body of the engine thread."""
@@ -162,18 +177,22 @@ class WorkerProcess:
     def _answer(self, engine: Engine, preparer: Preparer) -> None:
         """Body of the answer thread."""
         while True:
-            call = self._calls.get()
+            call = self._calls.take()
             try:
                 if call.HasField("embed"):
                     engine.post(preparer.embedding(call.call, call.embed))
-                    continue
-                reply = preparer.answer(call)
-                if reply.ByteSize() > MOST_REPLY_BYTES:
-                    text = f"The answer of {reply.ByteSize()} bytes is too long; ask in parts."
-                    raise WorkerError(Reason.INVALID_FIELD, text, field="text")  # noqa: TRY301
+                    reply = None
+                else:
+                    reply = _checked(preparer.answer(call))
             except WorkerError as error:
                 reply = worker_pb2.Reply(call=call.call, failed=error.to_failure())
-            self._connection.send(worker_pb2.WorkerFrame(reply=reply))
+            if not self._calls.finish():
+                engine.post(CancelCallCommand(call.call))  # behind the job, which may be there already
+            elif reply is not None:
+                self._reply(reply)
+
+    def _reply(self, reply: worker_pb2.Reply) -> None:
+        self._connection.send(worker_pb2.WorkerFrame(reply=reply))
 
     def _refuse(self, generation: int, error: WorkerError) -> None:
         """Answer a generation that the engine never saw."""
@@ -200,6 +219,14 @@ class WorkerProcess:
             step_milliseconds=engine.step_milliseconds,
             preparation_milliseconds=self._preparation_watch.milliseconds,
         )
+
+
+def _checked(reply: worker_pb2.Reply) -> worker_pb2.Reply:
+    """Return the answer if it is short enough to be sent; else raises WorkerError."""
+    if reply.ByteSize() > MOST_REPLY_BYTES:
+        text = f"The answer of {reply.ByteSize()} bytes is too long; ask in parts."
+        raise WorkerError(Reason.INVALID_FIELD, text, field="text")
+    return reply
 
 
 def _start_thread(name: str, target: Callable[..., None], *args: object) -> None:
