@@ -98,6 +98,8 @@ class FakeWorker:
                 log(f"cancelled {frame.cancel.generation}")
             case "call":
                 self._send(worker_pb2.WorkerFrame(reply=answer(frame.call)))
+            case "cancel_call":
+                log(f"cancelled call {frame.cancel_call.call}")
             case "shutdown":
                 log("shutdown")
                 if not self._behaviour.hang_on_shutdown:

@@ -132,7 +132,8 @@ class Connection(asyncio.Protocol):
             self.send(worker_pb2.ServerFrame(cancel=worker_pb2.Cancel(generation=number)))
 
     async def call(self, call: worker_pb2.Call) -> worker_pb2.Reply:
-        """Ask a question and wait for its answer. Raises `PaddockError`."""
+        """Ask a question and wait for its answer; take it back when cancelled before. Raises
+        `PaddockError`."""
         number = self._next_number()
         call.call = number
         self._send_request(worker_pb2.ServerFrame(call=call))
@@ -141,7 +142,8 @@ class Connection(asyncio.Protocol):
         try:
             return await future
         finally:
-            self._calls.pop(number, None)
+            if self._calls.pop(number, None) is not None:
+                self.send(worker_pb2.ServerFrame(cancel_call=worker_pb2.CancelCall(call=number)))
 
     def fail_all(
         self, make: Callable[[], PaddockError], *, load: Callable[[], PaddockError] | None = None
@@ -159,6 +161,7 @@ class Connection(asyncio.Protocol):
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(make())
+        self._calls.clear()
 
     # From the worker
 
@@ -229,7 +232,7 @@ class Connection(asyncio.Protocol):
             del self._generations[number]
 
     def _on_reply(self, reply: worker_pb2.Reply) -> None:
-        future = self._calls.get(reply.call)
+        future = self._calls.pop(reply.call, None)
         if future is None:
             self._check_number("call", reply.call)
         elif not future.done():

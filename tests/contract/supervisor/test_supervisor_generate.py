@@ -141,6 +141,46 @@ async def test_a_call_that_is_cancelled_does_not_disturb_the_next(start_loaded: 
     assert reply.tokenize.token_ids == [98]
 
 
+async def test_a_call_whose_caller_leaves_is_cancelled_and_only_it(
+    start_loaded: StartWorker, ring: LogRing
+) -> None:
+    worker = await start_loaded()
+    await worker.call(worker_pb2.Call(embed=pb.EmbedRequest(texts=["a"])))
+    os.kill(worker.pid, signal.SIGSTOP)  # so that no answer comes before the cancel
+    left, kept = (
+        asyncio.create_task(worker.call(worker_pb2.Call(embed=pb.EmbedRequest(texts=[text]))))
+        for text in ("b", "c")
+    )
+    await asyncio.sleep(0)
+
+    left.cancel()
+    await asyncio.wait({left})
+    os.kill(worker.pid, signal.SIGCONT)
+
+    assert len((await kept).embed.embeddings) == 1
+    await eventually(lambda: "cancelled call 2" in ring.tail(10))
+    assert "cancelled call 1" not in ring.tail(10), "what has been answered is not cancelled"
+    assert "cancelled call 3" not in ring.tail(10)
+    # The fake answered call 2 all the same: a reply that crosses the cancel is no breach of the protocol.
+    await worker.call(worker_pb2.Call(embed=pb.EmbedRequest(texts=["d"])))
+
+
+async def test_a_call_that_failed_is_not_cancelled(start_loaded: StartWorker, ring: LogRing) -> None:
+    worker = await start_loaded()
+
+    with pytest.raises(InvalidFieldError):
+        await worker.call(worker_pb2.Call(detokenize=pb.DetokenizeRequest(token_ids=[999])))
+    os.kill(worker.pid, signal.SIGSTOP)
+    left = asyncio.create_task(worker.call(worker_pb2.Call(embed=pb.EmbedRequest(texts=["a"]))))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.wait({left})
+    os.kill(worker.pid, signal.SIGCONT)
+
+    await eventually(lambda: "cancelled call 2" in ring.tail(10))
+    assert "cancelled call 1" not in ring.tail(10)
+
+
 async def test_a_generation_is_for_use_once(start_loaded: StartWorker) -> None:
     worker = await start_loaded()
     generation = worker.generate(ask(1))
