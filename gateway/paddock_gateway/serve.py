@@ -7,6 +7,7 @@ import contextlib
 import errno
 import ipaddress
 import socket
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -94,6 +95,7 @@ async def serve(
     if options.allowed_hosts is None and _is_loopback(host):
         options = replace(options, allowed_hosts=_loopback_names(host))
     listener = await _listen(host, port)
+    _cut_stalled(listener, options.stalled_client_seconds)
     app = create_app(api, options)
     config = uvicorn.Config(
         app,
@@ -159,6 +161,16 @@ async def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         raise ListenError(_why(error, host, port)) from error
+
+
+def _cut_stalled(listener: socket.socket, seconds: float) -> None:
+    """Have the system end connections whose client takes nothing for so long, where it can (Linux).
+
+    The HTTP server waits for room by itself before it answers the next request of a connection, and keeps
+    what is left to send after an answer has ended; no time-out of the application reaches either.
+    """
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
 
 
 def _why(error: Exception, host: str, port: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,7 +24,7 @@ from tests.gateway.clients import (
     sdk,
     served,
 )
-from tests.gateway.fake_api import FakeApi, deltas, end, generated, hanging, started, text
+from tests.gateway.fake_api import FakeApi, deltas, end, generated, hanging, saying, started, text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -259,6 +261,27 @@ async def test_the_last_sends_wait_no_longer_for_a_client_than_those_of_a_stream
 
     (line,) = [entry for entry in logs if entry["event"] == "http_request"]
     assert (line["status"], line["reason"]) == (status, "CLIENT_GONE")
+
+
+async def send_until_cut(raw: socket.socket) -> None:
+    """Whoever sends to a connection that is gone is told so."""
+    async with asyncio.timeout(10):
+        while True:
+            await asyncio.sleep(0.02)
+            raw.sendall(b"x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends such connections by itself")
+async def test_the_connection_of_a_client_that_reads_nothing_is_cut() -> None:
+    api = FakeApi(saying("x" * 16_000_000))  # more than the buffers of both sockets hold
+    options = GatewayOptions(stalled_client_seconds=0.2)
+
+    async with served(api, options=options) as gateway:
+        with socket.create_connection((gateway.host, gateway.port)) as raw:
+            # The second answer can only begin, and what waits for it only end, once the connection is gone.
+            raw.sendall(request_bytes(CHAT_PATH, CHAT) * 2)
+            with pytest.raises(ConnectionError):
+                await send_until_cut(raw)
 
 
 async def test_a_connection_serves_one_request_after_another() -> None:
