@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paddock_server.worker.bounded import TimeLimitExceededError, run_bounded
 from paddock_server.worker.errors import Reason, WorkerError, reject
+from paddock_server.worker.grammars import check_beginnings
 from paddock_server.worker.samplers import Candidates, Grammar, Sampler
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def constrain(constraint: generation_pb2.OutputConstraint, vocab: llama.Vocab) -
 
     Raises:
         WorkerError: INVALID_GRAMMAR for a grammar or schema that cannot be used, INVALID_FIELD for one too
-            large.
+            large, or with too much to try at once.
     """
     kind = constraint.WhichOneof("constraint")
     if kind is None or (kind == "json_object" and not constraint.json_object):
@@ -114,6 +115,7 @@ def constrain(constraint: generation_pb2.OutputConstraint, vocab: llama.Vocab) -
             constraint.json_schema if kind == "json_schema" else _JSON_OBJECT_SCHEMA, field
         )
     check_text(text, field)
+    check_beginnings(text, field)
     grammar = Grammar.parse(vocab, text) if text.strip() else None
     if grammar is None:
         raise _invalid_grammar(field, "is not a GBNF grammar with a rule named root; see the model's log")
