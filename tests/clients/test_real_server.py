@@ -13,6 +13,7 @@ import pytest
 
 from paddock import Client, FinishReason, InvalidFieldError, ModelState
 from paddock.cli.failures import ExitCode
+from tests.clients.terminal import terminal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tests.servers import ServerProcess
 
 MODEL = "noise"
+LONG_WINDED = "Gulls"
+"""What the model answers with 603 tokens."""
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -87,6 +91,35 @@ async def test_run_loads_a_model_and_answers(client: Client, real_server: Server
     assert done.returncode == ExitCode.OK, done.stderr
     assert done.stdout.strip()
     assert f"Loaded {MODEL} in" in done.stderr
+
+
+async def test_a_load_in_a_terminal_draws_a_bar(client: Client, real_server: ServerProcess) -> None:
+    await client.unload(MODEL)
+
+    with terminal(real_server.grpc_address, "load", MODEL) as load:
+        text = load.read_to_end()
+        assert load.exit_code() == ExitCode.OK
+
+    assert "━" in text
+    assert re.search(r"✓.* Starting worker", text)
+    assert f"Loaded {MODEL} in" in text
+
+
+async def test_a_run_in_a_terminal_streams_its_text(client: Client, real_server: ServerProcess) -> None:
+    async with client.load(MODEL) as load:
+        await load.wait()
+    whole = await client.complete(MODEL, LONG_WINDED, max_tokens=1000, temperature=0)
+    expected = whole.choices[0].text.lstrip()
+    arguments = ("run", MODEL, LONG_WINDED, "--raw", "-n", "1000", "--temperature", "0")
+
+    with terminal(real_server.grpc_address, *arguments) as run:
+        beginning = run.read_until(expected.split()[0])
+        rest = run.read_to_end()
+        assert run.exit_code() == ExitCode.OK
+
+    assert expected in beginning + rest
+    assert len(beginning) < len(expected) / 2
+    assert f" + {whole.usage.completion_tokens} tokens, " in rest
 
 
 async def test_chat_answers_and_its_worker_leaves_a_log(client: Client, real_server: ServerProcess) -> None:
