@@ -1,4 +1,4 @@
-"""A request that keeps a real worker busy without end costs its model that worker, and nothing else."""
+"""A request that would keep a real worker busy without end: refused, or ended, or the worker is replaced."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import Catalog
 from paddock_server.manager import ManagerConfig, ModelManager
 from paddock_server.supervisor import LocalLauncher, RestartPolicy, SupervisorTimeouts
+from paddock_server.worker import constrained
+from tests.integration.engines import lab, refusal, request
 from tests.integration.test_worker_process import environment
 
 if TYPE_CHECKING:
@@ -63,3 +65,31 @@ async def test_a_model_is_served_again_after_a_grammar_that_takes_too_long_to_pr
         assert await generate(manager, ordinary) == 3
     finally:
         await manager.stop(drain_seconds=0)
+
+
+def test_a_grammar_that_would_never_be_read_is_refused_by_its_field(models_dir: Path) -> None:
+    rules = "".join(f"r{level} ::= r{level + 1} | r{level + 1}\n" for level in range(64))
+    grammar = f'root ::= r0\n{rules}r64 ::= "a"'
+
+    with lab(models_dir / "noise.gguf") as noise:
+        error = refusal(noise.preparer, request(constraint={"grammar": grammar}))
+
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, "constraint.grammar")
+
+
+def test_a_grammar_whose_states_double_with_every_character_ends_its_request_and_no_other(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrained, "MOST_SECONDS_PER_TOKEN", 0.05)
+    doubling = 'root ::= "a" root "b" | "a" root "c" | "a" root'
+
+    with lab(models_dir / "noise.gguf") as noise:
+        endless, free = noise.generate(
+            request(constraint={"grammar": doubling}),
+            request(stop={"maxTokens": 30, "ignoreEos": True}),
+        )
+
+    assert endless.failure is not None
+    assert (endless.failure.reason, endless.failure.field) == (Reason.INVALID_GRAMMAR, "constraint")
+    assert "at most 0.05 s are allowed" in endless.failure.message
+    assert free.finished.usage.completion_tokens == 30

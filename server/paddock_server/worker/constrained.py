@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from time import thread_time
 from typing import TYPE_CHECKING, Any, Final
 
 from paddock_server.worker.bounded import TimeLimitExceededError, run_bounded
@@ -21,6 +22,11 @@ DEEPEST_NESTING: Final = 200
 """Deepest nesting of brackets in a grammar: llama.cpp's parser recurses."""
 
 CONVERSION_SECONDS: Final = 2.0
+
+MOST_SECONDS_PER_TOKEN: Final = 20.0
+"""Computing time of one token. Looking up a large vocabulary in a grammar of thousands of alternates takes
+seconds. One whose states double with every character soon takes more, and holds up every other request
+until it ends: it ends here, before the server ends the worker for it."""
 
 _JSON_OBJECT_SCHEMA: Final = '{"type": "object"}'
 
@@ -71,8 +77,9 @@ class ConstrainedSampler:
         """Return the token that follows a batch row.
 
         Raises:
-            WorkerError: INVALID_GRAMMAR when no token can come next.
+            WorkerError: INVALID_GRAMMAR when no token can come next, or when finding one took too long.
         """
+        started_at = thread_time()  # waiting for a busy processor is nobody's fault
         candidates = self._candidates
         candidates.fill(context, row)
         token = self._sampler.pick(candidates)
@@ -89,6 +96,13 @@ class ConstrainedSampler:
                 )
         self._sampler.accept(token)
         self._grammar.accept(token)
+        seconds = thread_time() - started_at
+        if seconds > MOST_SECONDS_PER_TOKEN:
+            text = (
+                f"One token took {seconds:.1f} s under this constraint; at most {MOST_SECONDS_PER_TOKEN:g} s "
+                "are allowed. Its rules leave too many ways open at once; make them tell those apart earlier."
+            )
+            raise WorkerError(Reason.INVALID_GRAMMAR, text, field="constraint")
         return token
 
     def close(self) -> None:
