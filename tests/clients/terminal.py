@@ -11,7 +11,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import psutil
+
 from tests.clients.fake_server import WAY_OUT_SECONDS
+from tests.servers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -39,11 +42,19 @@ class Terminal:
         os.write(self._terminal, keys.encode())
 
     def interrupt(self) -> None:
-        """Do what Ctrl-C does."""
+        """Do what Ctrl-C does, once the command waits for something.
+
+        Python's readline misses a signal between the echo of a key and its wait for the next: no person is that
+        fast, a test is.
+        """
+        wait_until(self._is_asleep, WAY_OUT_SECONDS)
         self._process.send_signal(signal.SIGINT)
 
     def exit_code(self) -> int:
         return self._process.wait(WAY_OUT_SECONDS)
+
+    def _is_asleep(self) -> bool:
+        return psutil.Process(self._process.pid).status() == psutil.STATUS_SLEEPING
 
     def _read(self, until: str | None) -> str:
         deadline = time.monotonic() + WAY_OUT_SECONDS
