@@ -44,8 +44,8 @@ class Terminal:
     def interrupt(self) -> None:
         """Do what Ctrl-C does, once the command waits for something.
 
-        Python's readline misses a signal between the echo of a key and its wait for the next: no person is that
-        fast, a test is.
+        Python's readline misses a signal between the echo of a key and its wait for the next one. No person
+        is that fast; a test is.
         """
         wait_until(self._is_asleep, WAY_OUT_SECONDS)
         self._process.send_signal(signal.SIGINT)
