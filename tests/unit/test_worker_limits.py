@@ -6,8 +6,9 @@ import pytest
 
 from paddock_server.worker.constrained import check_text, schema_to_grammar
 from paddock_server.worker.errors import Reason, WorkerError
+from paddock_server.worker.growth import MOST_CHARACTERS
 from paddock_server.worker.requests import LONGEST_RUN, check_runs
-from paddock_server.worker.sandbox import MOST_CHARACTERS, compile_template
+from paddock_server.worker.sandbox import compile_template
 
 HUGE = MOST_CHARACTERS + 1
 
