@@ -66,6 +66,20 @@ def test_every_eighth_step_beside_streams_goes_without_prompt() -> None:
     assert prompts == [True] * 7 + [False] + [True] * 7 + [False] + [True]
 
 
+def test_beside_many_streams_a_further_prompt_stretches_the_step_by_its_share() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(Limits(12, 20_000, 512, 12, 50))
+    for group in range(1, 5):
+        scheduler.submit(sequences(group, 1))
+    run_step(scheduler, milliseconds=2.5)
+    run_step(scheduler, milliseconds=2.5)
+    for group in range(5, 8):
+        scheduler.submit(sequences(group, 900))
+    for _ in range(PROBE_STEPS - 2):  # a step costs 2.5 ms per token
+        plan = scheduler.plan()
+        scheduler.observe(plan, 2.5 * plan.tokens)
+    assert scheduler.plan().tokens * 2.5 == pytest.approx(1.5 * LIMITS.target_step_milliseconds, abs=2.5)
+
+
 def test_twice_the_streams_have_their_step_measured_at_once() -> None:
     scheduler: Scheduler[Sequence] = Scheduler(Limits(8, 10_000, 64, 8, 50))
     scheduler.submit(sequences(1, 1))
@@ -98,7 +112,7 @@ def test_where_streams_alone_are_over_the_target_prompts_still_get_as_much_time_
 
 
 @pytest.mark.parametrize(("prompts", "targets"), [(1, 1), (2, 2), (5, 5), (8, 8), (11, 8)])
-def test_a_step_may_take_a_target_for_every_prompt_a_stream_holds_up_up_to_eight(
+def test_beside_one_stream_a_step_may_take_a_target_for_every_prompt_up_to_eight(
     prompts: int, targets: int
 ) -> None:
     scheduler: Scheduler[Sequence] = Scheduler(Limits(12, 20_000, 512, 12, 50))

@@ -11,7 +11,8 @@ Rules:
 3. The queue is first come, first served, and bounded in requests.
 4. Every sequence with one token to evaluate gets it into the batch. Prompts fill the rest: all of it when
    nobody streams, otherwise as many tokens as keep the step near its target, by the measured time per token.
-   The target grows with the prompts there are for every stream: a long step then delays few and helps many.
+   Every further prompt stretches the target by its share of the streams: a long step that delays few and
+   helps many is worth it.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ HEADROOM_TOKENS: Final = 16
 LONGEST_STEP: Final = 2.0
 """A step with prompt tokens may take this many times a step without, when that is over the target."""
 
-MOST_PROMPTS_PER_STREAM: Final = 8
-"""How many prompts waiting for every stream still lengthen a step; each by one target. Bounds the pause of a
-single stream on whose model many requests descend."""
+LONGEST_STRETCH: Final = 8.0
+"""A step may take this many targets when many prompts wait. Bounds the pause of a single stream on whose
+model many requests descend."""
 
 PROBE_STEPS: Final = 8
 """While prompts come in beside streams, one step in this many goes without, to see what streams take.
@@ -294,7 +295,7 @@ class Scheduler(Generic[S]):
             if self._steps_to_probe <= 0 or streams >= 2 * self._streams_without_prompt > 0:
                 self._steps_to_probe = PROBE_STEPS
                 return
-            room = min(room, self._prompt_budget(len(plan.work), len(prompts) / streams))
+            room = min(room, self._prompt_budget(len(plan.work), 1 + (len(prompts) - 1) / streams))
         for sequence in prompts:
             count = min(room, sequence.pending)
             if count <= 0:
@@ -303,12 +304,12 @@ class Scheduler(Generic[S]):
             plan.prompt_tokens += count
             room -= count
 
-    def _prompt_budget(self, others: int, prompts_per_stream: float) -> int:
-        """Prompt tokens that keep the step near its target beside `others`; at least one."""
+    def _prompt_budget(self, others: int, stretch: float) -> int:
+        """Prompt tokens that keep the step near `stretch` targets beside `others`; at least one."""
         if not self._milliseconds_per_token:
             return FIRST_CHUNK_TOKENS
         goal = max(self.limits.target_step_milliseconds, LONGEST_STEP * self._milliseconds_without_prompt)
-        goal *= min(max(1.0, prompts_per_stream), MOST_PROMPTS_PER_STREAM)
+        goal *= min(stretch, LONGEST_STRETCH)
         return max(1, int(goal / self._milliseconds_per_token) - others)
 
 
