@@ -123,7 +123,7 @@ def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
                     bench.client.ask(bench.job(path, 1, 4))
                 for seed in range(rounds):
                     for streams, max_tokens in workloads.items():
-                        # To and fro, so that a machine that grows slower or faster favours no path.
+                        # Back and forth, so that a machine that grows slower or faster favours no path.
                         for path in PATHS if seed % 2 == 0 else reversed(PATHS):
                             say(f"round {seed + 1} of {rounds}: {path}, {streams} streams")
                             bench.measure(path, streams, max_tokens, seed)

@@ -48,7 +48,7 @@ def request(stream: int, authority: str, method: str, message: bytes) -> bytes:
         ":path": method,
         ":authority": authority,
         "content-type": "application/grpc",
-        "te": "trailers",
+        "te": "trailers",  # codespell:ignore te
     }
     headers = b"".join(_literal(name, value) for name, value in fields.items())
     body = b"\0" + len(message).to_bytes(4, "big") + message
