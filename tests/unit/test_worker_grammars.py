@@ -32,6 +32,9 @@ def levels(body: str) -> str:
         levels("> | >").replace("root ::= r0", 'root ::= "a" r0'),
         levels("(>?){2}").replace('"a"', '"a"?'),
         levels('"a"* > | ("b" | )>'),
+        levels('"" > | "" >'),
+        levels("[] > | [] >"),
+        levels('("" | "b") > | "" >'),
     ],
 )
 def test_a_grammar_whose_rules_double_with_every_level_is_refused(grammar: str) -> None:

@@ -30,6 +30,9 @@ _LEXEMES: Final = re.compile(
 )
 """What matters here of the syntax. Every part matches without its end too, so that no text is read twice."""
 
+_EMPTY_TERMINALS: Final = frozenset({'""', "[]", "[^]"})
+"""llama.cpp makes nothing of these: what follows them begins the sequence."""
+
 
 class _Item(NamedTuple):
     """A part of a sequence: what it refers to, empty for a terminal, and how often it is repeated."""
@@ -66,7 +69,8 @@ def _read_rules(text: str) -> _Rules:
             rules[name] = [[]]
             open_rules = [rules[name]]
         elif name or match["terminal"]:
-            sequence.append(_Item(name or ""))
+            if match["terminal"] not in _EMPTY_TERMINALS:
+                sequence.append(_Item(name or ""))
         elif mark == "(":
             group = f"({len(rules)}"
             rules[group] = [[]]
