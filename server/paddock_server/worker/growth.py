@@ -33,7 +33,11 @@ _CONTAINERS: Final = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsVi
 _FEW_CHARACTERS: Final = 24
 """What a number, an object or a container without its parts takes, about."""
 
-_DIGITS: Final = re.compile(r"\d+")
+_DIGITS: Final = re.compile(r"(\d+)")
+_WIDTHS: Final = re.compile(r"%(?=(?:\([^()]*\))?[-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?)")
+"""Width and precision behind every `%`: also behind the second of `%%`, so that no conversion is missed."""
+
+_NESTED_KEY: Final = re.compile(r"%\([^()]*\(")
 
 Value = Any
 """Whatever a template may hold: JSON values and functions."""
@@ -175,17 +179,16 @@ def check_growth(name: str, left: Value, right: Value) -> None:
 def check_printf(text: str | bytes, values: Value) -> None:
     """Refuse `text % values` when it may be huge.
 
-    Every number in the text counts as a width: which of them are is not worth a parser of our own.
-
     Raises:
         ValueError: It may.
     """
     if isinstance(text, bytes):
         text = text.decode("latin-1")
-    largest = text_length(values)
-    for digits in _DIGITS.finditer(text):
-        largest = max(largest, int(digits[0]))
-    if "*" in text:
+    # Where the key in `%(f(x))9d` ends is not worth a parser of our own: every number counts beside one.
+    nested = _NESTED_KEY.search(text) is not None
+    widths = {width for match in (_DIGITS if nested else _WIDTHS).finditer(text) for width in match.groups()}
+    largest = max(text_length(values), *(int(width) for width in widths if width not in {None, "*"}), 0)
+    if "*" in widths:  # which a key has no value for
         arguments = cast("tuple[Value, ...]", values) if isinstance(values, tuple) else (values,)
         largest = max(largest, *(value for value in arguments if isinstance(value, int)), 0)
     check_characters(len(text) + text.count("%") * largest)
