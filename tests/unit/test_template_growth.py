@@ -107,6 +107,8 @@ def test_a_huge_text_is_refused_before_it_is_made(source: str) -> None:
         ("{% for i in [1] %}{{ '{0.index}'.format(loop) }}{% endfor %}", "looks into a value"),
         ("{{ [1] | batch(99999999, 'x') | list }}", "a repetition of more than"),
         ("{{ [1] | slice(99999999) | list }}", "a repetition of more than"),
+        ("{{ [1] | batch(linecount=99999999, fill_with='x') | list }}", "a repetition of more than"),
+        ("{{ [1] | slice(slices=99999999) | list }}", "a repetition of more than"),
         ("{{ ([[1] * 100000] * 1000) | sum(start=[]) | length }}", "a repetition of more than"),
         ("{{ 1 | round(99999999, 'floor') }}", "precision must be at most"),
         ("{{ strftime_now('%Y' * 10000) }}", "the form of a date"),
@@ -146,6 +148,25 @@ def test_what_cannot_be_counted_or_makes_no_text_is_refused_by_name(source: str,
     ],
 )
 def test_ordinary_templates_write_what_jinja_writes(source: str, expected: str) -> None:
+    assert compile_template(source).render() == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ [1, 2, 3] | batch(linecount=2, fill_with=0) | list }}", "[[1, 2], [3, 0]]"),
+        ("{{ [1, 2, 3] | slice(slices=2, fill_with=0) | list }}", "[[1, 2], [3, 0]]"),
+        ("{{ 'a' | center(width=3) }}{{ 'a' | indent(width=1, first=true, blank=true) }}", " a  a"),
+        (
+            "{{ 'aa' | replace(old='a', new='b', count=1) }}{{ 1.25 | round(precision=1, method='ceil') }}",
+            "ba1.3",
+        ),
+        ("{{ 'abcdef' | truncate(length=3, killwords=true, end='-', leeway=0) }}", "ab-"),
+        ("{{ 'a b' | wordwrap(width=1, wrapstring='|') }}{{ ' a ' | trim(chars=' ') }}", "a|ba"),
+        ("{{ [1, 2] | join(d='-') }}{{ [1] | sum(start=1) }}{{ [1] | tojson(indent=1) }}", "1-22[\n 1\n]"),
+    ],
+)
+def test_filters_take_their_arguments_by_the_names_of_jinja(source: str, expected: str) -> None:
     assert compile_template(source).render() == expected
 
 

@@ -143,15 +143,20 @@ def _check_round(value: Value, precision: int = 0, method: str = "common") -> No
         raise ValueError(text)
 
 
-def _check_rows(value: Value, count: int, fill_with: Value = None) -> None:
+def _check_batch(value: Value, linecount: int, fill_with: Value = None) -> None:
     del value, fill_with
-    check_elements(count)
+    check_elements(linecount)
+
+
+def _check_slice(value: Value, slices: int, fill_with: Value = None) -> None:
+    del value, fill_with
+    check_elements(slices)
 
 
 _CHECKS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
     {
         "attr": _check_written,
-        "batch": _check_rows,
+        "batch": _check_batch,
         "capitalize": _check_first,
         "center": _check_width,
         "e": _check_first,
@@ -164,7 +169,7 @@ _CHECKS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
         "replace": _check_replace,
         "round": _check_round,
         "safe": _check_first,
-        "slice": _check_rows,
+        "slice": _check_slice,
         "string": _check_first,
         "striptags": _check_first,
         "title": _check_first,
@@ -178,4 +183,5 @@ _CHECKS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
         "xmlattr": _check_first,
     }
 )
-"""What is looked at before a filter runs. The other filters write nothing."""
+"""What is looked at before a filter runs; each names its arguments as the filter does.
+The other filters write nothing."""
