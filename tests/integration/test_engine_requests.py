@@ -152,6 +152,33 @@ def test_output_follows_a_grammar(noise: Lab, temperature: float) -> None:
     assert text == "yes" or (len(text) == 7 and text[:4] == "no, " and text[4:6].isdigit())
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 255},
+        {"type": "array", "items": {"type": "number"}, "maxItems": 255},
+        {"type": "string", "pattern": "^[a-z]{0,255}$"},
+        {"type": "string", "minLength": 10, "maxLength": 1010},
+    ],
+    ids=["length", "items", "pattern", "long"],
+)
+def test_a_maximum_in_a_schema_is_no_nesting_of_the_callers(noise: Lab, schema: dict[str, Any]) -> None:
+    (output,) = noise.generate(
+        request(constraint={"jsonSchema": json.dumps(schema)}, stop={"maxTokens": 3, "ignoreEos": True})
+    )
+
+    assert output.failure is None
+
+
+def test_a_maximum_that_llama_cpp_does_not_take_is_named_as_the_likely_cause(noise: Lab) -> None:
+    error = refusal(
+        noise.preparer, request(constraint={"jsonSchema": '{"type": "string", "maxLength": 1001}'})
+    )
+
+    assert (error.reason, error.field) == ("INVALID_GRAMMAR", "constraint.json_schema")
+    assert "maxLength" in error.message
+
+
 def test_output_follows_a_json_schema(noise: Lab) -> None:
     schema = {
         "type": "object",

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 MOST_GRAMMAR_BYTES: Final = 256 * 1024
 DEEPEST_NESTING: Final = 200
-"""Deepest nesting of brackets in a grammar: llama.cpp's parser recurses."""
+"""Deepest nesting of brackets in what a request says: the readers of schemas and grammars recurse."""
+
+DEEPEST_GENERATED_NESTING: Final = 10_000
+"""Deepest nesting in the grammar of a schema, where `maxLength: 255` is 255 optional groups in each other.
+llama.cpp's parser takes so many on a stack of 8 MiB; the thread that prepares requests has 256 MiB."""
 
 CONVERSION_SECONDS: Final = 2.0
 
 MOST_SECONDS_PER_TOKEN: Final = 20.0
 """Computing time of one token. Looking up a large vocabulary in a grammar of thousands of alternates takes
-seconds. One whose states double with every character soon takes more, and holds up every other request
-until it ends: it ends here, before the server ends the worker for it."""
+seconds. One whose states double with every character soon takes more, and holds up every other request:
+it ends once a call into llama.cpp has returned after so long. The time is looked at nowhere else: the server
+ends a worker that does not come back from one call, and with it every request there."""
 
 _JSON_OBJECT_SCHEMA: Final = '{"type": "object"}'
 
@@ -124,15 +129,20 @@ def constrain(constraint: generation_pb2.OutputConstraint, vocab: llama.Vocab) -
     field = f"constraint.{kind}"
     if kind == "grammar":
         text = constraint.grammar
+        check_text(text, field)
+        fault = "is not a GBNF grammar with a rule named root; see the model's log"
     else:
-        text = schema_to_grammar(
-            constraint.json_schema if kind == "json_schema" else _JSON_OBJECT_SCHEMA, field
+        schema = constraint.json_schema if kind == "json_schema" else _JSON_OBJECT_SCHEMA
+        text = schema_to_grammar(schema, field)
+        check_text(text, field, deepest_nesting=DEEPEST_GENERATED_NESTING)
+        fault = (
+            "became a grammar that llama.cpp does not take; see the model's log. A maximum of a length or a "
+            "count (maxLength, maxItems, {0,n} in a pattern) may be at most about 1000 above its minimum"
         )
-    check_text(text, field)
     check_beginnings(text, field)
     grammar = Grammar.parse(vocab, text) if text.strip() else None
     if grammar is None:
-        raise _invalid_grammar(field, "is not a GBNF grammar with a rule named root; see the model's log")
+        raise _invalid_grammar(field, fault)
     return Constraint(grammar, Candidates(vocab.size))
 
 
@@ -159,7 +169,12 @@ def schema_to_grammar(schema: str, field: str) -> str:
         raise _invalid_grammar(field, text) from error
 
 
-def check_text(text: str, field: str) -> None:
+def check_text(text: str, field: str, *, deepest_nesting: int = DEEPEST_NESTING) -> None:
+    """Refuse a schema or grammar that is too long or too deep, or has characters that are none.
+
+    Raises:
+        WorkerError: INVALID_FIELD, naming the field.
+    """
     if len(text) > MOST_GRAMMAR_BYTES:
         reject(field, f"has {len(text)} characters; at most {MOST_GRAMMAR_BYTES} are allowed")
     if "\0" in text:
@@ -173,8 +188,8 @@ def check_text(text: str, field: str) -> None:
             deepest = max(deepest, depth)
         elif character in ")]}":
             depth -= 1
-    if deepest > DEEPEST_NESTING:
-        reject(field, f"is nested {deepest} deep; at most {DEEPEST_NESTING} are allowed")
+    if deepest > deepest_nesting:
+        reject(field, f"is nested {deepest} deep; at most {deepest_nesting} are allowed")
 
 
 def _invalid_grammar(field: str, description: str) -> WorkerError:
