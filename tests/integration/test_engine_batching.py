@@ -9,6 +9,7 @@ import pytest
 from google.protobuf import json_format
 
 from paddock_server.worker import llama
+from paddock_server.worker.engine import SEQUENCES_PER_FRAME
 from tests.integration.engines import Lab, Output, lab, request
 
 if TYPE_CHECKING:
@@ -253,6 +254,14 @@ def test_a_step_is_one_frame_with_the_news_of_all(models_dir: Path) -> None:
     with lab(models_dir / "noise.gguf") as bench:
         bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in WORDS])
         assert bench_frames(bench) == [8] * 6
+
+
+def test_a_step_of_many_sequences_is_a_frame_for_every_sixteen(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", slot_count=20, context_size_tokens=4096) as bench:
+        words = [WORDS[index % len(WORDS)] for index in range(20)]
+        bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in words])
+        all_started = [20, 4]
+        assert bench_frames(bench) == all_started + [SEQUENCES_PER_FRAME, 4] * 5
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -10,8 +10,8 @@ itself:
         while not engine.idle:
             engine.step()
 
-Everything a step makes leaves in one `WorkerFrame`, through `send`. Commands come from other threads through
-`post` and take effect between two steps.
+What a step makes leaves in one `WorkerFrame`, of many sequences in several, through `send`. Commands come from
+other threads through `post` and take effect between two steps.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from paddock_server.worker.loading import LoadedModel
+
+SEQUENCES_PER_FRAME: Final = 16
+"""Sequences whose tokens leave together. A larger step sends several frames, so that the server hands on the
+first ones while the others are still sampled: one core samples, the others are idle then (ADR 0010)."""
 
 _STATS_SECONDS: Final = 0.5
 
@@ -292,10 +296,14 @@ class Engine:
             generation = work.sequence.generation
             if generation.request.reports_progress and generation.first_token_at is None:
                 self._report_progress(generation)
+        sampled = 0
         for work, row in zip(plan.work, self._rows, strict=True):
             choice = work.sequence
             if choice.pending == 0 and choice.slot != NO_SLOT:
                 self._advance(choice, row, now)
+                sampled += 1
+                if sampled % SEQUENCES_PER_FRAME == 0:
+                    self._send_updates()
 
     def _advance(self, choice: Choice, row: int, now: float) -> None:
         """Add a token to a choice, and end the choice where it ends."""
@@ -383,11 +391,15 @@ class Engine:
             update = self._updates[number] = self._news.step.updates.add(generation=number)
         return update
 
-    def _publish(self) -> None:
+    def _send_updates(self) -> None:
+        """Send the news there are so far."""
         if self._updates:
             self._send(self._news)
             self._news = worker_pb2.WorkerFrame()
             self._updates = {}
+
+    def _publish(self) -> None:
+        self._send_updates()
         if perf_counter() - self._stats_at > _STATS_SECONDS:
             self._refresh_stats()
 

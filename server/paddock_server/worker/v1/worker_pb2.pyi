@@ -159,7 +159,7 @@ class WorkerFrame(_message.Message):
 
     @_builtins.property
     def step(self) -> Global___Step:
-        """What one engine step made, for all sequences."""
+        """What one engine step made, for all sequences or, of many, for a part."""
 
     @_builtins.property
     def reply(self) -> Global___Reply:
@@ -505,7 +505,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):
-    """What one engine step made."""
+    """What one engine step made, or a part of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
