@@ -10,8 +10,8 @@ itself:
         while not engine.idle:
             engine.step()
 
-What a step makes leaves in one `WorkerFrame`, of many sequences in several, through `send`. Commands come from
-other threads through `post` and take effect between two steps.
+What a step makes leaves in one `WorkerFrame`, of many sequences in several, through `send`. Commands come
+from other threads through `post` and take effect between two steps.
 """
 
 from __future__ import annotations
