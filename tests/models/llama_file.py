@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 QUANTIZATION: Final = {
     LlamaFileType.ALL_F32: GGMLQuantizationType.F32,
+    LlamaFileType.MOSTLY_F16: GGMLQuantizationType.F16,
     LlamaFileType.MOSTLY_Q8_0: GGMLQuantizationType.Q8_0,
 }
 
