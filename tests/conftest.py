@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
+from paddock_server.config import DEMO_DIR
 from paddock_server.worker.environment import set_library_environment
 
 if TYPE_CHECKING:
@@ -19,12 +21,15 @@ set_library_environment()  # before anything imports llama_cpp: many tests run i
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with every model of tests.models that loads. Tests read it and never change it."""
+    """A model directory with every model of tests.models that loads, and the demo model. Tests read it and
+    never change it.
+    """
     # Not everybody who runs tests wants numpy and gguf imported.
     from tests.models import make_all
 
     folder = tmp_path_factory.mktemp("models")
     make_all(folder)
+    shutil.copy(DEMO_DIR / "foal.gguf", folder)
     return folder
 
 

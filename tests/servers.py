@@ -60,11 +60,15 @@ class ServerProcess:
 
 @contextmanager
 def paddock_up(
-    models_dir: Path, log: Path, *flags: str, environment: Mapping[str, str] | None = None
+    models_dir: Path | None, log: Path, *flags: str, environment: Mapping[str, str] | None = None
 ) -> Generator[ServerProcess]:
-    """Run `paddock up` on free ports until the block ends; whatever happened in it, no process is left."""
-    command = [str(Path(sys.executable).parent / "paddock"), "up", "--models-dir", str(models_dir)]
+    """Run `paddock up` on free ports until the block ends; whatever happened in it, no process is left.
+
+    Without a directory it serves what it serves by default: the demo model, and a directory of the user's.
+    """
+    command = [str(Path(sys.executable).parent / "paddock"), "up"]
     command += ["--grpc-port", "0", "--port", "0", "--log-format", "json"]
+    command += [] if models_dir is None else ["--models-dir", str(models_dir)]
     env = {**os.environ, "PADDOCK_STATE_DIR": "", **(environment or {})}
     with _running([*command, *flags], log, env) as process:
         server = ServerProcess(process, log)

@@ -66,7 +66,7 @@ async def serving(
         StartError: an address is taken, or a model directory cannot be read.
     """
     try:
-        catalog = await asyncio.to_thread(Catalog, config.models_dir)
+        catalog = await asyncio.to_thread(Catalog, config.model_directories)
     except CatalogError as error:
         raise StartError(str(error)) from error
     manager = ModelManager(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "PADDOCK_"
 
+DEMO_DIR = Path(__file__).resolve().parent / "demo"
+"""Holds foal, the small model that comes with Paddock (models/foal in the repository)."""
+
 
 class ConfigError(Exception):
     """A setting is wrong; the message names it and says what would be right."""
@@ -31,13 +34,20 @@ def default_state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "paddock"
 
 
+def default_models_dir() -> Path:
+    """Return where models are looked for when nobody says where: `$XDG_DATA_HOME/paddock/models`."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "paddock" / "models"
+
+
 class ServerConfig(BaseSettings):
     """Settings of `paddock serve` and `paddock up`, named as in llama-server where they mean the same."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
     models_dir: Annotated[tuple[Path, ...], NoDecode] = ()
-    """Directories searched for models. In the environment, separated like PATH."""
+    """Directories searched for models. In the environment, separated like PATH. Without any, the demo model
+    and the default directory are served: see `model_directories`."""
 
     models_max: int = Field(4, ge=0)
     """Most models loaded at once; 0 is no limit."""
@@ -98,6 +108,14 @@ class ServerConfig(BaseSettings):
 
     state_dir: Path | None = Field(default_factory=default_state_dir)
     """Where operators' loads are remembered over a restart; an empty value turns that off."""
+
+    @property
+    def model_directories(self) -> tuple[Path, ...]:
+        """The directories to serve: those named, else the demo model's and, where it exists, the default."""
+        if self.models_dir:
+            return self.models_dir
+        default = default_models_dir()
+        return (DEMO_DIR, default.resolve()) if default.is_dir() else (DEMO_DIR,)
 
     @field_validator("models_dir", mode="before")
     @classmethod

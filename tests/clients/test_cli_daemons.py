@@ -96,10 +96,10 @@ def test_what_keeps_a_server_from_starting_is_one_sentence(command: str, runs: R
     assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "Error: The port is taken.\n")
 
 
-def test_a_server_without_models_is_worth_a_note(runs: Runs) -> None:
+def test_a_server_without_directories_says_what_it_serves(runs: Runs) -> None:
     result = paddock("serve")
 
-    assert "--models-dir" in result.stderr
+    assert "demo model foal" in result.stderr
     assert len(runs.configs) == 1
 
 

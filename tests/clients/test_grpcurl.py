@@ -20,9 +20,10 @@ README_ADDRESS = "localhost:50051"
 
 LIST = "grpcurl -plaintext localhost:50051 list"
 DESCRIBE = "grpcurl -plaintext localhost:50051 describe paddock.v1.ModelManager"
-LOAD = """grpcurl -plaintext -d '{"model": "noise"}' localhost:50051 paddock.v1.ModelManager/Load"""
+LOAD = """grpcurl -plaintext -d '{"model": "foal"}' localhost:50051 paddock.v1.ModelManager/Load"""
 GENERATE = (
-    """grpcurl -plaintext -d '{"model": "noise", "prompt": "Once upon a time", "stop": {"max_tokens": 16}}'"""
+    """grpcurl -plaintext -d '{"model": "foal", "chat": {"messages": [{"role": "ROLE_USER", "content": """
+    """[{"text": "What is Paddock?"}]}]}}'"""
     " localhost:50051 paddock.v1.ModelManager/Generate"
 )
 
@@ -75,10 +76,10 @@ def test_generate_streams_text_and_ends_with_usage(grpcurl: str, real_server: Se
     first, *middle, last = messages(run(grpcurl, GENERATE, real_server))
 
     deltas = [delta for message in middle for delta in message["deltas"]["deltas"]]
-    assert first["started"]["model"] == "noise"
+    assert first["started"]["model"] == "foal"
     assert "".join(delta.get("text", "") for delta in deltas)
     count = last["generated"]["usage"]["completion_tokens"]
-    assert 1 <= count <= 16
+    assert count >= 1
     assert sum(delta.get("token_count", 0) for delta in deltas) == count
 
 

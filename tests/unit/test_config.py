@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paddock_server.config import ConfigError, ServerConfig
+from paddock_server.config import DEMO_DIR, ConfigError, ServerConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +39,19 @@ def test_models_directories_are_separated_like_path_in_the_environment(
     monkeypatch.setenv("PADDOCK_MODELS_DIR", f"{first}{os.pathsep}{second}")
 
     assert (first.resolve(), second.resolve()) == ServerConfig.load({}).models_dir
+
+
+def test_without_a_directory_the_demo_model_and_the_default_directory_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert ServerConfig.load({}).model_directories == (DEMO_DIR,)
+
+    default = tmp_path / "paddock" / "models"
+    default.mkdir(parents=True)
+    assert ServerConfig.load({}).model_directories == (DEMO_DIR, default.resolve())
+
+    assert ServerConfig.load({"models_dir": [tmp_path]}).model_directories == (tmp_path.resolve(),)
 
 
 @pytest.mark.parametrize(

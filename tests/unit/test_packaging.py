@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -113,14 +114,14 @@ SOURCES = {
     "clients/python/paddock": [],
     "server/paddock_server": ["server"],
     "gateway/paddock_gateway": ["gateway"],
-    "tests": ["server", "gateway", "dev"],
+    "tests": ["server", "gateway", "dev", "build"],
     "bench": ["server", "gateway", "dev"],
 }
 
 
 @pytest.mark.parametrize("folder", SOURCES)
 def test_what_a_folder_imports_is_declared(folder: str) -> None:
-    own = {"paddock", "paddock_server", "paddock_gateway", "tests", "bench"}
+    own = {"paddock", "paddock_server", "paddock_gateway", "tests", "bench", "models"}
     own |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
     declared_here = {canonicalize_name(name) for name in declared_names(SOURCES[folder])}
     providers = packages_distributions()
@@ -162,3 +163,9 @@ def test_the_changelog_knows_the_version() -> None:
     assert headings[0] == "Unreleased"
     released = headings[1:]
     assert not released or released[0] == PYPROJECT["project"]["version"]
+
+
+def test_the_demo_model_is_in_the_package() -> None:
+    files = WheelBuilder(str(ROOT)).recurse_included_files()
+
+    assert "paddock_server/demo/foal.gguf" in {file.distribution_path for file in files}

@@ -49,7 +49,10 @@ ConfigOption = Annotated[
 SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "models_dir": Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIRECTORY", help="Directory of GGUF files. Can be repeated."),
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Directory of GGUF files; can be repeated. Without: the demo model and a default one.",
+        ),
     ],
     "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
     "models_autoload": Annotated[
@@ -250,7 +253,7 @@ def _require_llama_cpp() -> None:
 
 
 def _server_config(flags: Mapping[str, object], file: Path | None) -> ServerConfig:
-    from paddock_server.config import ConfigError, ServerConfig
+    from paddock_server.config import ConfigError, ServerConfig, default_models_dir
 
     try:
         config = ServerConfig.load(flags, file)
@@ -258,7 +261,7 @@ def _server_config(flags: Mapping[str, object], file: Path | None) -> ServerConf
         output.error(str(error))
         raise typer.Exit(ExitCode.USAGE) from error
     if not config.models_dir:
-        note("No --models-dir was given, so there are no models to serve.", style="yellow")
+        note(f"Without --models-dir, this serves the demo model foal and what is in {default_models_dir()}.")
     return config
 
 
