@@ -1,7 +1,6 @@
 """What `make run` shows: a model loading with progress, an answer streaming, and a server that stays up.
 
-The model is made here in a second and has random weights, so what it writes is noise. All else is real: the
-server, its worker process, llama.cpp, and the command line a user types.
+The model is foal, which comes with Paddock and answers questions about it. Nothing here needs a network.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ import socket
 import subprocess
 import time
 
-from steps import CACHE, ROOT, VENV, StepError, fail, run, say
+from steps import CACHE, ROOT, VENV, StepError, fail, say
 
 PADDOCK = VENV / "bin" / "paddock"
-MODEL = "noise"
-PROMPT = "Tell me a story."
-MAX_TOKENS = 120
-MODELS_DIR = ROOT / "build" / "demo-models"
+MODEL = "foal"
+QUESTION = "What is Paddock?"
+NEXT_QUESTION = "How do I load a model?"
 SERVER_LOG = CACHE / "logs" / "server.log"
 
 START_TIMEOUT_S = 60.0
@@ -30,7 +28,7 @@ LOG_LINES_SHOWN = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serves a tiny model and shows it at work.")
+    parser = argparse.ArgumentParser(description="Serves the demo model and shows it at work.")
     parser.add_argument("--port", type=int, default=8080, help="HTTP port (8080)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port (50051)")
     ports = parser.parse_args()
@@ -43,22 +41,21 @@ def main() -> None:
 
 
 def show(port: int, grpc_port: int) -> None:
-    """Makes the model, starts the server, loads and asks it, and waits until it is told to stop."""
+    """Starts the server, loads the model and asks it, and waits until it is told to stop."""
     for name, number in (("--port", port), ("--grpc-port", grpc_port)):
         if is_listening(number):
             msg = (
                 f"port {number} is taken by another program; choose one: make run ARGS='{name} {number + 1}'"
             )
             raise StepError(msg)
-    make_model()
     server = start_server(port, grpc_port)
     try:
         wait_until_listening(server, port, grpc_port)
         say(f"loading the model {MODEL}")
         paddock(grpc_port, "load", MODEL)
-        say(f'asking it: "{PROMPT}" Its weights are random, so what it answers is noise:')
+        say(f'asking it: "{QUESTION}"')
         print(flush=True)
-        paddock(grpc_port, "run", MODEL, PROMPT, "--max-tokens", str(MAX_TOKENS))
+        paddock(grpc_port, "run", MODEL, QUESTION, "--temperature", "0")
         tell_what_next(port, grpc_port)
         server.wait()
     except KeyboardInterrupt:
@@ -70,21 +67,12 @@ def show(port: int, grpc_port: int) -> None:
         raise StepError(msg)
 
 
-def make_model() -> None:
-    say("making a tiny model with random weights")
-    run(
-        "making a model",
-        [VENV / "bin" / "python", "-m", "tests.models", "make", MODELS_DIR, "--only", MODEL],
-        log=CACHE / "logs" / "demo-model.log",
-    )
-
-
 def start_server(port: int, grpc_port: int) -> subprocess.Popen[bytes]:
     """Starts `paddock up`, its log in a file so that the terminal belongs to the answer."""
     ports = ("--port", str(port), "--grpc-port", str(grpc_port))
     # Without a memory of earlier runs: a model loaded then would be loaded before anybody can watch.
-    command = [PADDOCK, "up", "--models-dir", MODELS_DIR, "--state-dir", "", *ports]
-    say(f"starting the server: paddock up --models-dir {MODELS_DIR.relative_to(ROOT)}")
+    command = [PADDOCK, "up", "--state-dir", "", *ports]
+    say("starting the server: paddock up")
     SERVER_LOG.parent.mkdir(parents=True, exist_ok=True)
     with SERVER_LOG.open("wb") as log:
         # A session of its own: Ctrl-C comes to this script, which then stops the server once.
@@ -125,9 +113,9 @@ def paddock(grpc_port: int, *arguments: str) -> None:
 
 
 def tell_what_next(port: int, grpc_port: int) -> None:
-    question = (
-        f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
-    )
+    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "{NEXT_QUESTION}"}}]}}'
+    chat = f'{{"messages": [{{"role": "ROLE_USER", "content": [{{"text": "{NEXT_QUESTION}"}}]}}]}}'
+    generate = f'{{"model": "{MODEL}", "chat": {chat}}}'
     server = "" if grpc_port == 50051 else f"PADDOCK_SERVER=127.0.0.1:{grpc_port} "
     bin_dir = PADDOCK.parent.relative_to(ROOT)
     print(
@@ -138,14 +126,17 @@ The server is up until you press Ctrl-C.
   gRPC                      127.0.0.1:{grpc_port}
   its log                   {SERVER_LOG.relative_to(ROOT)}
 
-In another terminal:
+{MODEL} is small and knows only about Paddock. In another terminal:
 
-  {server}{bin_dir}/paddock ps
-  {server}{bin_dir}/paddock chat {MODEL}
+  {server}{bin_dir}/paddock run {MODEL} "{NEXT_QUESTION}"
+
   curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{question}'
+    -d '{body}'
 
-With a model of yours, any GGUF file in a folder:
+  grpcurl -plaintext -d '{generate}' \\
+    127.0.0.1:{grpc_port} paddock.v1.ModelManager/Generate
+
+With models of yours, GGUF files in a folder, stop this server and start
 
   {bin_dir}/paddock up --models-dir FOLDER
 """,
