@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from paddock.api import ModelManagerApi
-from paddock.daemons import is_exposed, loop_factory, told_to_stop
+from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 from paddock_server.catalog import Catalog, CatalogError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
@@ -131,8 +131,14 @@ def run(
 ) -> None:
     """Configure logging and run a server until it is told to stop. Raises `StartError`."""
     configure_logging(config.log_level, config.log_format)
+
+    def started(server: RunningServer) -> None:
+        settle_heap()
+        if ready is not None:
+            ready(server)
+
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(run_server(config, attach=attach, ready=ready))
+        runner.run(run_server(config, attach=attach, ready=started))
 
 
 def _manager_config(config: ServerConfig) -> ManagerConfig:

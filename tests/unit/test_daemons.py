@@ -1,9 +1,11 @@
-"""How a server or a gateway is told to stop."""
+"""How a server or a gateway is told to stop, and how it treats its heap."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,11 @@ async def test_the_handlers_that_were_there_before_are_not_left_replaced() -> No
     async with told_to_stop():
         assert all(signal.getsignal(number) is not signal.SIG_DFL for number in STOP_SIGNALS)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_process_that_serves_leaves_what_start_up_made_to_itself() -> None:
+    script = (
+        "import gc; from paddock.daemons import GC_THRESHOLDS, settle_heap; settle_heap(); "
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000 and gc.get_threshold() == GC_THRESHOLDS"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=SECONDS)

@@ -21,7 +21,7 @@ from paddock.cli import output
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
-from paddock.daemons import is_exposed, loop_factory, told_to_stop
+from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 
 if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
@@ -209,6 +209,7 @@ def gateway(
             serve(api, host, port, drain_seconds=drain_seconds, options=options) as running,
         ):
             _log_gateway(running)
+            settle_heap()
             await stop.wait()
 
     try:
