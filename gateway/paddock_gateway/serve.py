@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
+from paddock.daemons import is_exposed
 from paddock_gateway.app import GatewayOptions, create_app
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def serve(
         ListenError: the address is taken or not ours.
     """
     options = options or GatewayOptions()
-    if options.allowed_hosts is None and _is_loopback(host):
+    if options.allowed_hosts is None and not is_exposed(host):
         options = replace(options, allowed_hosts=_loopback_names(host))
     listener = await _listen(host, port)
     _cut_stalled(listener, options.stalled_client_seconds)
@@ -180,13 +180,6 @@ def _why(error: Exception, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} of {host} is taken by another program. Stop it, or choose another port."
     return f"Cannot listen on port {port} of {host}: {error.strerror}."
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _loopback_names(host: str) -> frozenset[str]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 HERE: Final = Path(__file__).parent
 ANSWERS: Final = HERE / "answers.json"
 SLOTS: Final = 16
+MOST_CONVERSATIONS: Final = 10_000
+"""What `Answerer.answers` takes at once; all but SLOTS wait in the engine's queue."""
+
 MAX_TOKENS: Final = 120
 TOOL_CASES: Final = 40
 FIXTURES: Final = 40
@@ -63,8 +66,6 @@ class Answerer:
             self._number += 1
             self._texts[self._number] = ""
             self._engine.submit(self._preparer.generation(self._number, _request(messages)))
-            while self._number - first >= SLOTS and not self._engine.idle:
-                self._engine.step()
         while not self._engine.idle:
             self._engine.step()
         return [self._texts.pop(number) for number in range(first + 1, self._number + 1)]
@@ -105,7 +106,7 @@ def answerer(model: Path) -> Generator[Answerer]:
         context_size_tokens=SLOTS * 512,
         slot_count=SLOTS,
         batch_size_tokens=512,
-        queue_limit=64,
+        queue_limit=MOST_CONVERSATIONS,
         target_step_milliseconds=50,
     )
     with load_model(request, log=log) as loaded:

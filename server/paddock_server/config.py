@@ -30,14 +30,18 @@ class ConfigError(Exception):
 
 def default_state_dir() -> Path:
     """Return where the server keeps what it must remember: `$XDG_STATE_HOME/paddock` or its stand-in."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "paddock"
+    return _own_directory("XDG_STATE_HOME", "state")
 
 
 def default_models_dir() -> Path:
     """Return where models are looked for when nobody says where: `$XDG_DATA_HOME/paddock/models`."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "paddock" / "models"
+    return _own_directory("XDG_DATA_HOME", "share") / "models"
+
+
+def _own_directory(variable: str, fallback: str) -> Path:
+    """Return Paddock's directory in the base directory a variable names, or in `~/.local/FALLBACK`."""
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / ".local" / fallback) / "paddock"
 
 
 class ServerConfig(BaseSettings):

@@ -77,4 +77,4 @@ def is_exposed(host: str) -> bool:
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host != "localhost"
+        return host.lower() != "localhost"
