@@ -153,6 +153,8 @@ def _manager_config(config: ServerConfig) -> ManagerConfig:
         queue_limit=config.queue_limit,
         target_step_milliseconds=config.target_step_milliseconds,
         idle_timeout_seconds=config.idle_timeout_seconds,
+        sleep_timeout_seconds=config.sleep_idle_seconds,
+        waiting_requests_max=config.total_queue_limit,
         drain_seconds=config.drain_seconds,
         state_file=_state_file(config),
     )

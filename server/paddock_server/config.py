@@ -83,6 +83,12 @@ class ServerConfig(BaseSettings):
     idle_timeout_seconds: float = Field(0, ge=0)
     """Idle time after which a model is unloaded; 0 keeps it."""
 
+    sleep_idle_seconds: float = Field(0, ge=0)
+    """Idle time after which a model gives its memory back and sleeps; 0 keeps it awake."""
+
+    total_queue_limit: int = Field(4096, ge=0, le=1_000_000)
+    """Requests that may wait for models to be loaded, over all models."""
+
     drain_seconds: float = Field(30, ge=0)
     """How long running requests may go on when the server or a model stops."""
 

@@ -138,6 +138,17 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         model.CopyFrom(make_model(model.id, model_pb2.MODEL_STATE_UNLOADED))
         return pb.UnloadResponse(model=model, aborted_request_count=2)
 
+    def Sleep(self, request: pb.SleepRequest, context: grpc.ServicerContext) -> pb.SleepResponse:
+        self._begin("Sleep", request, context)
+        self._model(request.model, context)
+        return pb.SleepResponse(model=make_model(request.model, model_pb2.MODEL_STATE_SLEEPING))
+
+    def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinResponse:
+        self._begin("Pin", request, context)
+        model = make_model(request.model, self._model(request.model, context).state)
+        model.pinned = not request.unpin
+        return pb.PinResponse(model=model)
+
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
         self._begin("List", request, context)
         models = [m for m in self.models.values() if not request.states or m.state in request.states]

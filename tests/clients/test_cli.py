@@ -131,6 +131,12 @@ def test_unload_tells_how_many_requests_it_aborted(paddock: Paddock, server: Fak
     assert server.manager.requests("Unload") == [pb.UnloadRequest(model="tiny", mode=pb.UNLOAD_MODE_FORCE)]
 
 
+def test_sleep_and_pin_say_what_they_did(paddock: Paddock) -> None:
+    assert "tiny sleeps" in paddock("sleep", "tiny").stderr
+    assert paddock("pin", "tiny").stderr == "tiny is pinned.\n"
+    assert paddock("pin", "tiny", "--off").stderr == "tiny is not pinned.\n"
+
+
 def test_logs_are_results_and_lost_lines_a_note(paddock: Paddock, server: FakeServer) -> None:
     result = paddock("logs", "tiny", "--tail", "5")
 

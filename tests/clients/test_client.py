@@ -405,6 +405,20 @@ async def test_unload_drains_unless_forced(client: Client, server: FakeServer) -
     ]
 
 
+async def test_sleep_and_pin_return_the_model_as_it_is_then(client: Client, server: FakeServer) -> None:
+    slept = await client.sleep("tiny")
+    pinned = await client.pin("tiny")
+    unpinned = await client.pin("tiny", pinned=False)
+
+    assert slept.state is ModelState.SLEEPING
+    assert (pinned.pinned, unpinned.pinned) == (True, False)
+    assert server.manager.requests("Sleep") == [pb.SleepRequest(model="tiny")]
+    assert server.manager.requests("Pin") == [
+        pb.PinRequest(model="tiny"),
+        pb.PinRequest(model="tiny", unpin=True),
+    ]
+
+
 async def test_watch_tells_changes_deletions_and_syncs(client: Client, server: FakeServer) -> None:
     async with client.watch() as watch:
         events = [await anext(watch) for _ in range(8)]

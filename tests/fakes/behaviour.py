@@ -61,6 +61,9 @@ class Behaviour:
     fail_load_field: str = ""
     fail_load_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
+    hang_in_sleep: bool = False
+    """It never gives its memory back."""
+
     # Service
     slot_count: int | None = None
     """None takes what the load says; so for the next two."""

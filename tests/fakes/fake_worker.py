@@ -100,6 +100,8 @@ class FakeWorker:
                 self._send(worker_pb2.WorkerFrame(reply=answer(frame.call)))
             case "cancel_call":
                 log(f"cancelled call {frame.cancel_call.call}")
+            case "sleep":
+                self._sleep()
             case "shutdown":
                 log("shutdown")
                 if not self._behaviour.hang_on_shutdown:
@@ -107,6 +109,15 @@ class FakeWorker:
             case None:
                 message = "the server sent an empty frame"
                 raise ValueError(message)
+
+    def _sleep(self) -> None:
+        assert not self._running().has_work, "a sleep while something runs"
+        log("asleep")
+        if self._behaviour.hang_in_sleep:
+            return
+        self._engine = None
+        self._load_steps_done = 0
+        self._send(worker_pb2.WorkerFrame(slept=worker_pb2.Slept()))
 
     def _running(self) -> FakeEngine:
         assert self._engine is not None, "a request before ready"

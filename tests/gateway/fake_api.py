@@ -175,6 +175,14 @@ class FakeApi:
             raise self.health_error
         return pb.GetServerInfoResponse(version="test")
 
+    async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
+        """Not for gateways."""
+        _unused(request)
+
+    async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
+        """Not for gateways."""
+        _unused(request)
+
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Not for gateways."""
         _unused(request)

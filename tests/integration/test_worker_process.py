@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from paddock.v1 import model_manager_pb2
@@ -470,3 +471,32 @@ def _alive(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_a_worker_that_sleeps_gives_its_memory_back_and_says_the_same_when_woken(models_dir: Path) -> None:
+    def answer(number: int) -> str:
+        peer.start(number, request("The morning", stop={"maxTokens": 8}, sampling={"temperature": 0}))
+        return "".join(delta.text for update in peer.updates(number) for delta in update.deltas.deltas)
+
+    def resident() -> int:
+        return psutil.Process(peer.process.pid).memory_info().rss
+
+    big = {"context_size_tokens": 32768}
+    with worker() as peer:
+        before = resident()
+        assert peer.load(models_dir / "noise.gguf", **big).HasField("ready")
+        awake = resident()
+        first = answer(1)
+        peer.send(sleep=worker_pb2.Sleep())
+        assert peer.next().HasField("slept")
+        # Of what a model takes, libraries that were first used stay: less than half.
+        assert resident() - before < (awake - before) / 2
+        assert peer.load(models_dir / "noise.gguf", **big).HasField("ready")
+        assert answer(2) == first
+
+
+def test_a_second_load_without_a_sleep_is_a_broken_protocol(noise: Path) -> None:
+    with worker() as peer:
+        assert peer.load(noise).HasField("ready")
+        peer.send(load=load_frame(noise))
+        assert peer.exit_code() == 70

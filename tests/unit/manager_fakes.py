@@ -102,6 +102,8 @@ class FakeWorker:
         self.frame: worker_pb2.Load | None = None
         self.outcome: asyncio.Future[worker_pb2.Ready] = asyncio.get_running_loop().create_future()
         self.progress: Callable[[worker_pb2.LoadProgress], None] | None = None
+        self.sleep_count = 0
+        self.wakes_slowly = False
         self.stop_reasons: list[str] = []
         self.reaping = asyncio.Event()
         self.reaping.set()
@@ -125,6 +127,8 @@ class FakeWorker:
     ) -> worker_pb2.Ready:
         del size_bytes
         self.frame, self.progress = request, on_progress
+        if self.sleep_count and not self.wakes_slowly:
+            self.become_ready()
         return await asyncio.shield(self.outcome)
 
     def advance(self, stage: worker_pb2.LoadStage.ValueType, fraction: float) -> None:
@@ -157,6 +161,11 @@ class FakeWorker:
         if self.progress is not None and not self.outcome.done():
             self.outcome.set_exception(WorkerCrashedError.of(self.spec.model_id, worker_exit))
         return worker_exit
+
+    async def sleep(self) -> None:
+        self.frame = None
+        self.outcome = asyncio.get_running_loop().create_future()
+        self.sleep_count += 1
 
     def abort_load(self) -> None:
         if not self.outcome.done():

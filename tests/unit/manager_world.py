@@ -13,10 +13,19 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import CountAdmission
+from paddock_server.manager.admission import RAM, Footprint, MemoryAdmission
 from paddock_server.manager.failure import Failure, model_not_found
-from paddock_server.manager.loop import Committed, Entered, Leaving, Left, Looked, LoopMessage, Stayed
-from paddock_server.manager.options import Options, Wish
+from paddock_server.manager.loop import (
+    Committed,
+    Entered,
+    Leaving,
+    Left,
+    Looked,
+    LoopMessage,
+    Slept,
+    Stayed,
+)
+from paddock_server.manager.options import Options, Terms, Wish
 from paddock_server.manager.residency import Look, Residency
 from paddock_server.manager.state import COMING_UP, GOING_DOWN, ActorState, Cause, Limits, Phase
 from paddock_server.manager.transitions import step
@@ -37,7 +46,14 @@ class Worker(Enum):
 
     STARTING = auto()
     READY = auto()
+    SUSPENDING = auto()
+    ASLEEP = auto()
     STOPPING = auto()
+    ENDING = auto()
+    """It slept, and is being stopped."""
+
+
+WITHOUT_MODEL = frozenset({Worker.ASLEEP, Worker.ENDING})
 
 
 @dataclass
@@ -58,16 +74,34 @@ class Model:
     """Callers with a lease, and the load it is of."""
     last_use: float = 0.0
     closed: bool = False
+    size: int = 1
+    """Bytes a load is predicted to take."""
+    taken: int = 1
+    """Bytes it really takes."""
+
+
+ASLEEP_SIZE = 1
+"""Bytes a worker takes that sleeps."""
 
 
 class World:
     """Everything. Answers are kept by caller; a caller is a number."""
 
-    def __init__(self, names: tuple[str, ...], models_max: int, waiting_max: int = 8) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        models_max: int,
+        waiting_max: int = 8,
+        sizes: tuple[int, ...] = (),
+        budget: int = 0,
+    ) -> None:
+        """With `sizes`, one of each name, the memory is limited to `budget`; 0 is no limit."""
         self.now = 1000.0
         self.models_max = models_max
         self.residency = Residency(
-            CountAdmission(models_max), patience_seconds=PATIENCE, waiting_max=waiting_max
+            MemoryAdmission(models_max, {RAM: budget} if budget else {}),
+            patience_seconds=PATIENCE,
+            waiting_max=waiting_max,
         )
         self.loop_inbox: deque[LoopMessage] = deque()
         self.wake_at: float | None = None
@@ -79,6 +113,8 @@ class World:
         self._callers = 0
         self._serial = 0
         self._actors = 0
+        self.sizes = dict(zip(names, sizes or (1,) * len(names), strict=True))
+        self.budget = budget
         for name in names:
             self.add(name)
 
@@ -95,7 +131,8 @@ class World:
             ticket=self._actors << 32,
         )
         self._actors += 1
-        self.models[name] = Model(state)
+        size = self.sizes.setdefault(name, 1)
+        self.models[name] = Model(state, size=size, taken=size)
 
     def tell(self, name: str, event: m.Event) -> None:
         """Put a message into an actor's inbox."""
@@ -127,6 +164,16 @@ class World:
         self.tell(name, m.UnloadAsked(caller, force, drain_seconds, load_id))
         return caller
 
+    def sleep(self, name: str) -> int:
+        """Call Sleep; return the caller."""
+        caller = self._caller()
+        self.tell(name, m.SleepAsked(caller))
+        return caller
+
+    def pin(self, name: str, *, pinned: bool = True) -> None:
+        """Pin a model or take the pin off."""
+        self.tell(name, m.TermsSet(Terms(pinned=pinned)))
+
     def abandon(self, name: str, caller: int) -> None:
         """A caller that waits for a lease goes away."""
         self.pending.discard(caller)
@@ -142,6 +189,11 @@ class World:
         self.models[name].workers[load_number] = Worker.READY
         self.tell(name, m.WorkerReady(load_number, self.models[name].state.options))
 
+    def worker_sleeps(self, name: str, load_number: int) -> None:
+        """A worker has given its memory back."""
+        self.models[name].workers[load_number] = Worker.ASLEEP
+        self.tell(name, m.WorkerSlept(load_number))
+
     def worker_fails(self, name: str, load_number: int, reason: str) -> None:
         """A worker does not come up, or dies, or is reaped, whichever it is at."""
         model = self.models[name]
@@ -149,7 +201,7 @@ class World:
         failure = Failure(reason, "it failed")
         if at is Worker.STARTING:
             self.tell(name, m.StartFailed(load_number, failure))
-        elif at is Worker.READY:
+        elif at in {Worker.READY, Worker.SUSPENDING, Worker.ASLEEP}:
             self.tell(name, m.WorkerDied(load_number, failure))
         else:
             self.tell(name, m.WorkerReaped(load_number))
@@ -190,6 +242,8 @@ class World:
                     self.tell(refusal.model, refusal.message)
             case Committed():
                 self.residency.commit(message.model, message.ticket, message.resident_bytes)
+            case Slept():
+                self.residency.asleep(message.model, message.ticket, message.resident_bytes)
             case Leaving():
                 self.residency.releasing(message.model, message.ticket)
             case Left():
@@ -229,8 +283,11 @@ class World:
                 if at is Worker.STARTING:
                     self.worker_ready(name, number)
                     return True
-                if at is Worker.STOPPING:
+                if at in {Worker.STOPPING, Worker.ENDING}:
                     self.worker_fails(name, number, "")
+                    return True
+                if at is Worker.SUSPENDING:
+                    self.worker_sleeps(name, number)
                     return True
         return False
 
@@ -269,13 +326,22 @@ class World:
             if model is None:
                 return None
             state = model.state
-            return Look(state.ticket, state.phase, state.cause, state.leases, model.last_use, state.ready_at)
+            return Look(
+                state.ticket,
+                state.phase,
+                state.cause,
+                state.leases,
+                model.last_use,
+                state.ready_at,
+                float(model.size),
+                state.terms,
+                state.stay,
+            )
 
         orders, self.wake_at = self.residency.decide(look, self.now)
         for order in orders:
             if order.model in self.models:
                 self.tell(order.model, order.message)
-        assert len(self.residency.held) <= self.models_max or not self.models_max
 
     # One step, and its rules
 
@@ -293,6 +359,7 @@ class World:
         assert (new.phase is old.phase) or why, "a change of phase needs a reason for the log"
         if isinstance(event, m.EvictAsked) and m.EvictionRefused(event.ticket) not in effects:
             assert new.phase in {Phase.DRAINING, Phase.STOPPING}, "a chosen victim grants nothing any more"
+            assert not old.terms.pinned, "pinned models stay"
         for effect in effects:
             self._carry_out(name, effect, own)
         assert not new.leases or new.phase in {Phase.READY, Phase.DRAINING, Phase.STOPPING}
@@ -325,9 +392,18 @@ class World:
                     self._answer(int(str(caller)), "unloaded")
             case m.StartWorker():
                 assert not model.workers, "one worker for a model"
-                model.workers[effect.load_number] = Worker.STARTING
-                alive = sum(len(other.workers) for other in self.models.values())
-                assert not self.models_max or alive <= self.models_max, "no more workers than models_max"
+                self._start(model, effect.load_number)
+            case m.WakeWorker():
+                assert all(at is Worker.ASLEEP for at in model.workers.values()), "only sleepers are woken"
+                model.workers.clear()
+                self._start(model, effect.load_number)
+            case m.SuspendWorker():
+                assert not model.holders, "a model with a lease is not put to sleep"
+                if effect.load_number in model.workers:
+                    model.workers[effect.load_number] = Worker.SUSPENDING
+            case m.AnswerSleep():
+                for caller in effect.callers:
+                    self._answer(int(str(caller)), "slept")
             case m.StopWorker():
                 self._stop_worker(name, model, effect)
             case m.SetTimer():
@@ -364,17 +440,29 @@ class World:
         held = [caller for caller, number in model.holders.items() if number == effect.load_number]
         if model.state.cause in VOLUNTARY:
             assert not held, "a model with a lease is never evicted"
-        if effect.load_number in model.workers:
-            model.workers[effect.load_number] = Worker.STOPPING
+        if model.workers:
+            (number,) = model.workers
+            slept = model.workers[number] is Worker.ASLEEP
+            model.workers[number] = Worker.ENDING if slept else Worker.STOPPING
         else:
             self.tell(name, m.WorkerReaped(effect.load_number))
 
+    def _start(self, model: Model, load_number: int) -> None:
+        model.workers[load_number] = Worker.STARTING
+        awake = sum(
+            at not in WITHOUT_MODEL for other in self.models.values() for at in other.workers.values()
+        )
+        assert not self.models_max or awake <= self.models_max, "no more workers than models_max"
+
     def _tell_loop(self, name: str, effect: m.Effect) -> None:
+        model = self.models[name]
         match effect:
             case m.Enter():
-                self.loop_inbox.append(Entered(name, effect.ticket, 1))
+                self.loop_inbox.append(Entered(name, effect.ticket, Footprint(((RAM, model.size),))))
             case m.Commit():
-                self.loop_inbox.append(Committed(name, effect.ticket, 0))
+                self.loop_inbox.append(Committed(name, effect.ticket, model.taken))
+            case m.Asleep():
+                self.loop_inbox.append(Slept(name, effect.ticket, ASLEEP_SIZE))
             case m.Releasing():
                 self.loop_inbox.append(Leaving(name, effect.ticket))
             case m.Leave():
@@ -391,7 +479,7 @@ class World:
         """Do as an actor that has ended does with what is still in its inbox."""
         model = self.models.pop(name)
         for event in model.inbox:
-            if isinstance(event, m.AcquireAsked | m.LoadAsked | m.UnloadAsked):
+            if isinstance(event, m.AcquireAsked | m.LoadAsked | m.UnloadAsked | m.SleepAsked):
                 self._answer(int(str(event.caller)), model_not_found(name).reason)
 
     def _caller(self) -> int:

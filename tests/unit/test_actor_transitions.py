@@ -7,7 +7,7 @@ import pytest
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
 from paddock_server.manager.failure import Failure
-from paddock_server.manager.options import Wish
+from paddock_server.manager.options import Terms, Wish
 from paddock_server.manager.state import NEVER, Cause, Phase
 from paddock_server.manager.transitions import step
 from tests.unit.manager_world import DEFAULTS, LIMITS, NO_WISH, PATIENCE, WAITERS_MAX, Worker, World
@@ -244,7 +244,7 @@ def test_options_left_out_agree_with_whatever_is_loaded(world: World) -> None:
 
 def test_another_idle_timeout_needs_no_other_load(world: World) -> None:
     loaded(world)
-    caller = world.load("a", Wish({}, 5.0))
+    caller = world.load("a", Wish({}, {"idle_timeout_seconds": 5.0}))
     read(world)
     assert world.answers[caller] == "loaded"
     assert world.models["a"].state.load_number == 1
@@ -492,7 +492,7 @@ def test_the_queue_for_room_is_bounded() -> None:
 
 
 def test_an_idle_model_goes_after_its_time(world: World) -> None:
-    world.load("a", Wish({}, 5.0))
+    world.load("a", Wish({}, {"idle_timeout_seconds": 5.0}))
     world.calm()
     holder = world.acquire("a")
     world.calm()
@@ -793,6 +793,8 @@ def test_every_event_is_answered_in_every_phase() -> None:
         m.AcquireAsked(2, autoload=True),
         m.CallerLeft(3),
         m.LeaseReturned(0),
+        m.SleepAsked(5),
+        m.TermsSet(Terms(pinned=True)),
         m.UnloadAsked(4, force=False, drain_seconds=1),
         m.Admitted(0),
         m.AdmissionRefused(0, failure),
@@ -800,6 +802,7 @@ def test_every_event_is_answered_in_every_phase() -> None:
         m.EvictionRelented(0),
         m.WorkerReady(0, DEFAULTS),
         m.StartFailed(0, failure),
+        m.WorkerSlept(0),
         m.WorkerDied(0, failure),
         m.WorkerReaped(0),
         *(m.TimerFired(timer) for timer in m.Timer),

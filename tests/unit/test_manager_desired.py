@@ -10,7 +10,7 @@ import pytest
 
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from paddock_server.manager.desired import StateFileError, read_state, write_atomically
+from paddock_server.manager.desired import State, StateFileError, read_state, write_atomically
 from paddock_server.manager.options import Wish
 from tests.unit.manager_fakes import Server, loads, until
 
@@ -52,7 +52,7 @@ async def test_a_load_is_on_disk_while_the_server_runs(state_file: Path) -> None
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a")
         await until(state_file.exists)
-        assert read_state(state_file).keys() == {"a"}
+        assert read_state(state_file).loads.keys() == {"a"}
 
 
 async def test_a_load_that_was_evicted_is_remembered(state_file: Path) -> None:
@@ -60,7 +60,7 @@ async def test_a_load_that_was_evicted_is_remembered(state_file: Path) -> None:
         await loads(server.manager, "a")
         async with await server.manager.acquire("b"):
             pass
-    assert read_state(state_file).keys() == {"a"}
+    assert read_state(state_file).loads.keys() == {"a"}
 
 
 async def test_no_more_come_back_than_there_is_room_for_and_the_latest_do(state_file: Path) -> None:
@@ -78,7 +78,7 @@ async def test_a_model_that_is_not_there_is_kept_for_when_it_is(state_file: Path
     async with Server("b", state_file=state_file) as server:
         await loads(server.manager, "b")
         server.catalog.touch("b")
-    assert list(read_state(state_file)) == ["a", "b"]
+    assert list(read_state(state_file).loads) == ["a", "b"]
 
 
 async def test_requests_bring_a_remembered_model_back_as_it_was(state_file: Path) -> None:
@@ -111,7 +111,7 @@ async def test_a_corrupt_file_is_set_aside_and_the_server_starts(state_file: Pat
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a")
     assert state_file.with_name("loads.json.corrupt").read_bytes() == content
-    assert read_state(state_file).keys() == {"a"}
+    assert read_state(state_file).loads.keys() == {"a"}
 
 
 async def test_a_file_that_cannot_be_written_does_not_stop_the_server(
@@ -150,14 +150,14 @@ def test_a_crash_while_writing_leaves_the_old_file(state_file: Path, monkeypatch
 
 
 def test_an_absent_file_is_empty(state_file: Path) -> None:
-    assert read_state(state_file) == {}
+    assert read_state(state_file) == State()
 
 
 def test_a_file_of_a_later_release_is_read_as_far_as_it_is_understood(state_file: Path) -> None:
     state_file.parent.mkdir()
     loads = [{"model": "a", "options": {"slot_count": 2, "new": True}, "pinned": True}]
     state_file.write_text(json.dumps({"version": 1, "loads": loads, "more": []}))
-    assert read_state(state_file) == {"a": Wish({"slot_count": 2})}
+    assert read_state(state_file) == State({"a": Wish({"slot_count": 2})})
 
 
 def test_a_huge_file_is_not_read(state_file: Path) -> None:
@@ -166,3 +166,13 @@ def test_a_huge_file_is_not_read(state_file: Path) -> None:
         file.truncate(1 << 30)
     with pytest.raises(StateFileError, match="larger"):
         read_state(state_file)
+
+
+async def test_a_pin_is_remembered_and_taken_off_for_good(state_file: Path) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await server.manager.pin(pb.PinRequest(model="a"))
+        await server.manager.pin(pb.PinRequest(model="b"))
+        await server.manager.pin(pb.PinRequest(model="b", unpin=True))
+    async with Server("a", "b", state_file=state_file) as server:
+        pinned = {model.id: model.pinned for model in server.manager.snapshots()[0]}
+    assert pinned == {"a": True, "b": False}

@@ -8,13 +8,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
+from paddock_server.manager.admission import RAM, Footprint, device_bytes
 from paddock_server.manager.options import Wish
 from paddock_server.manager.state import Phase
 from tests.unit.manager_world import DEFAULTS, NO_WISH, Worker, World
 
 NAMES = ("a", "b", "c")
+SIZES = (2, 4, 5)
 names = st.sampled_from(NAMES)
-wishes = st.sampled_from([NO_WISH, Wish({"slot_count": 8}), Wish({"slot_count": 4}), Wish({}, 5.0)])
+wishes = st.sampled_from(
+    [
+        NO_WISH,
+        Wish({"slot_count": 8}),
+        Wish({"slot_count": 4}),
+        Wish({}, {"idle_timeout_seconds": 5.0}),
+        Wish({}, {"sleep_timeout_seconds": 3.0}),
+    ]
+)
 reasons = st.sampled_from([Reason.WORKER_CRASHED, Reason.MODEL_CORRUPT, Reason.LOAD_STALLED])
 choice = st.integers(0, 1000)
 
@@ -25,9 +35,13 @@ class ManagerMachine(RuleBasedStateMachine):
     world: World
     closing = False
 
-    @initialize(models_max=st.sampled_from([1, 1, 2, 0]), waiting_max=st.sampled_from([8, 1]))
-    def begin(self, models_max: int, waiting_max: int) -> None:
-        self.world = World(NAMES, models_max, waiting_max)
+    @initialize(
+        models_max=st.sampled_from([1, 1, 2, 0]),
+        waiting_max=st.sampled_from([8, 1]),
+        budget=st.sampled_from([0, 5, 8, 8, 12]),
+    )
+    def begin(self, models_max: int, waiting_max: int, budget: int) -> None:
+        self.world = World(NAMES, models_max, waiting_max, SIZES, budget)
 
     def _known(self, name: str) -> bool:
         return name in self.world.models
@@ -67,6 +81,21 @@ class ManagerMachine(RuleBasedStateMachine):
         if self._known(name):
             self.world.unload(name, force=force)
 
+    @rule(name=names)
+    def sleep(self, name: str) -> None:
+        if self._known(name):
+            self.world.sleep(name)
+
+    @rule(name=names, pinned=st.sampled_from([True, False, False]))
+    def pin(self, name: str, pinned: bool) -> None:
+        if self._known(name):
+            self.world.pin(name, pinned=pinned)
+
+    @rule(name=names, more=st.sampled_from([0, 0, 3]))
+    def loads_of_it_take_more_than_predicted(self, name: str, more: int) -> None:
+        if self._known(name):
+            self.world.models[name].taken = self.world.models[name].size + more
+
     @rule(name=names, pick=choice)
     def caller_leaves(self, name: str, pick: int) -> None:
         if self._known(name) and self.world.models[name].arrived:
@@ -88,8 +117,10 @@ class ManagerMachine(RuleBasedStateMachine):
         for number, at in list(self.world.models[name].workers.items()):
             if at is Worker.STARTING:
                 self.world.worker_ready(name, number)
-            elif at is Worker.STOPPING:
+            elif at in {Worker.STOPPING, Worker.ENDING}:
                 self.world.worker_fails(name, number, "")
+            elif at is Worker.SUSPENDING:
+                self.world.worker_sleeps(name, number)
 
     @rule(name=names, reason=reasons)
     def worker_fails(self, name: str, reason: str) -> None:
@@ -131,9 +162,14 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.world.tell(name, m.CloseAsked(30.0))
 
     @invariant()
-    def reservations_never_pass_the_limit(self) -> None:
+    def reservations_never_pass_the_limits(self) -> None:
         world = self.world
-        assert not world.models_max or len(world.residency.held) <= world.models_max
+        costs = {model: held.cost for model, held in world.residency.held.items()}
+        awake = [cost for cost in costs.values() if isinstance(cost, Footprint) and cost.places]
+        assert not world.models_max or len(awake) <= world.models_max
+        # What took more than it was to take is in nobody's hands; the rest must leave that much less.
+        predicted = sum(min(device_bytes(cost)[RAM], world.sizes[model]) for model, cost in costs.items())
+        assert not world.budget or predicted <= world.budget
 
     @invariant()
     def a_worker_has_a_reservation(self) -> None:
@@ -150,7 +186,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for model in world.models.values():
             assert not model.view
             assert not model.arrived
-            assert model.state.phase in {Phase.UNLOADED, Phase.FAILED, Phase.READY}
+            assert model.state.phase in {Phase.UNLOADED, Phase.FAILED, Phase.READY, Phase.SLEEPING}
             if self.closing and model.state.closing:
                 assert model.closed
                 assert not model.workers

@@ -42,7 +42,7 @@ def test_an_explicit_zero_keeps_its_meaning() -> None:
     options = model_pb2.RuntimeOptions(context_size_tokens=0, gpu_layer_count=0, idle_timeout=Duration())
     wish = wish_of(options)
     assert wish.values == {"context_size_tokens": 0, "gpu_layer_count": 0}
-    assert wish.idle_timeout_seconds == 0
+    assert wish.times == {"idle_timeout_seconds": 0}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_conflicts_are_those_fields_that_were_set_and_differ() -> None:
     wish = Wish({"slot_count": 8, "batch_size_tokens": 512})
     assert wish.conflicts(OPTIONS, None) == ("slot_count",)
     assert Wish({}).conflicts(OPTIONS, None) == ()
-    assert Wish({}, 99.0).conflicts(OPTIONS, None) == ()
+    assert Wish({}, {"idle_timeout_seconds": 99.0}).conflicts(OPTIONS, None) == ()
 
 
 def test_agreeing_with_what_the_worker_made_of_an_option_is_agreeing() -> None:
@@ -104,7 +104,9 @@ def test_the_worker_is_told_every_option() -> None:
 
 def test_options_survive_being_stored() -> None:
     stored = {"slot_count": 9, "context_size_tokens": 512, "idle_timeout_seconds": 5, "of_another_version": 1}
-    assert stored_wish(stored) == Wish({"slot_count": 9, "context_size_tokens": 512}, 5.0)
+    assert stored_wish(stored) == Wish(
+        {"slot_count": 9, "context_size_tokens": 512}, {"idle_timeout_seconds": 5.0}
+    )
 
 
 @pytest.mark.parametrize(

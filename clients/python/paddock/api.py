@@ -34,6 +34,14 @@ class ModelManagerApi(Protocol):
         """Unload a model; returns once its worker has exited."""
         ...
 
+    async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
+        """Have a loaded model give its memory back; returns once it has."""
+        ...
+
+    async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
+        """Pin a model, or take the pin off."""
+        ...
+
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """List models, ordered by id."""
         ...

@@ -154,6 +154,26 @@ class Client:
             model=convert.model(response.model), aborted_request_count=response.aborted_request_count
         )
 
+    async def sleep(self, model: str) -> Model:
+        """Have a loaded model give its memory back; its process stays, and the next request wakes it.
+
+        Args:
+            model: Model to put to sleep.
+
+        Returns:
+            The model, once it sleeps.
+        """
+        return convert.model((await self._api.sleep(pb.SleepRequest(model=model))).model)
+
+    async def pin(self, model: str, *, pinned: bool = True) -> Model:
+        """Pin a model, so that it is not evicted, put to sleep or unloaded for idleness; or take the pin off.
+
+        Args:
+            model: Model to pin. It need not be loaded.
+            pinned: False takes the pin off.
+        """
+        return convert.model((await self._api.pin(pb.PinRequest(model=model, unpin=not pinned))).model)
+
     async def list(self, *, states: Iterable[ModelState] = ()) -> tuple[Model, ...]:
         """Return the models of the server, ordered by id.
 

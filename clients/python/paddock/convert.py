@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock import generation, types
 from paddock.generation import FinishReason
-from paddock.types import ArtifactState, ModelState, ProgressKind, Stage
+from paddock.types import ArtifactState, MemoryPhase, ModelState, ProgressKind, Stage
 from paddock.v1 import generation_pb2, model_manager_pb2, model_pb2
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ _ARTIFACT_STATES: Final[Mapping[int, ArtifactState]] = {
     model_pb2.ARTIFACT_STATE_ABSENT: ArtifactState.ABSENT,
     model_pb2.ARTIFACT_STATE_DOWNLOADING: ArtifactState.DOWNLOADING,
     model_pb2.ARTIFACT_STATE_DOWNLOADED: ArtifactState.DOWNLOADED,
+}
+
+_MEMORY_PHASES: Final[Mapping[int, MemoryPhase]] = {
+    model_pb2.MEMORY_PHASE_PREDICTED: MemoryPhase.PREDICTED,
+    model_pb2.MEMORY_PHASE_MEASURED: MemoryPhase.MEASURED,
+    model_pb2.MEMORY_PHASE_RELEASING: MemoryPhase.RELEASING,
 }
 
 _STAGES: Final[Mapping[int, Stage]] = {
@@ -65,6 +71,12 @@ def model(message: model_pb2.Model) -> types.Model:
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
         last_use_time=_time(message.last_use_time) if message.HasField("last_use_time") else None,
         expire_time=_time(message.expire_time) if message.HasField("expire_time") else None,
+        memory=_memory(message.memory) if message.HasField("memory") else None,
+        lease_count=message.lease_count,
+        waiting_request_count=message.waiting_request_count,
+        pinned=message.pinned,
+        priority=message.priority,
+        group=message.group,
     )
 
 
@@ -205,6 +217,12 @@ def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.Serve
     )
 
 
+def _memory(message: model_pb2.MemoryCharge) -> types.MemoryCharge:
+    return types.MemoryCharge(
+        phase=_MEMORY_PHASES.get(message.phase, MemoryPhase.UNKNOWN), bytes=dict(message.bytes)
+    )
+
+
 def _source(message: model_pb2.ModelSource) -> types.ModelSource | None:
     match message.WhichOneof("source"):
         case "local":
@@ -226,6 +244,9 @@ def _runtime_options(message: model_pb2.RuntimeOptions) -> types.RuntimeOptions:
         gpu_layer_count=message.gpu_layer_count if message.HasField("gpu_layer_count") else None,
         slot_count=message.slot_count if message.HasField("slot_count") else None,
         idle_timeout_seconds=(_seconds(message.idle_timeout) if message.HasField("idle_timeout") else None),
+        sleep_timeout_seconds=(
+            _seconds(message.sleep_timeout) if message.HasField("sleep_timeout") else None
+        ),
         thread_count=message.thread_count if message.HasField("thread_count") else None,
         batch_size_tokens=message.batch_size_tokens if message.HasField("batch_size_tokens") else None,
     )

@@ -240,6 +240,8 @@ class GenerateOptions(TypedDict, total=False):
     """Answers to generate, 1 to 8; default 1."""
     autoload: bool
     """Whether to load the model when it is not loaded. Left out, the server's setting decides."""
+    keep_alive_seconds: float
+    """Keep the idle model awake and loaded for at least so long after the request."""
     tools: Sequence[Tool]
     """Functions the model may call. Only with a conversation."""
     tool_choice: Literal["auto", "none", "required"] | ToolName

@@ -86,6 +86,7 @@ def generate_request(
         choice_count=options.get("choice_count", 0),
         autoload_policy=autoload_policy(options.get("autoload")),
         report_prompt_progress="on_prompt_progress" in options,
+        keep_alive=duration(options["keep_alive_seconds"]) if "keep_alive_seconds" in options else None,
     )
     _set_input(request, prompt, options)
     return request
@@ -116,12 +117,13 @@ def _source(source: ModelSource) -> model_pb2.ModelSource:
 
 
 def _runtime_options(options: RuntimeOptions) -> model_pb2.RuntimeOptions:
-    timeout = options.idle_timeout_seconds
+    idle, sleep = options.idle_timeout_seconds, options.sleep_timeout_seconds
     return model_pb2.RuntimeOptions(
         context_size_tokens=options.context_size_tokens,
         gpu_layer_count=options.gpu_layer_count,
         slot_count=options.slot_count,
-        idle_timeout=None if timeout is None else duration(timeout),
+        idle_timeout=None if idle is None else duration(idle),
+        sleep_timeout=None if sleep is None else duration(sleep),
         thread_count=options.thread_count,
         batch_size_tokens=options.batch_size_tokens,
     )

@@ -99,6 +99,14 @@ class GrpcApi:
         """Unload a model; returns once its worker has exited."""
         return await _unary(self._stub.Unload, request)
 
+    async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
+        """Have a loaded model give its memory back; returns once it has."""
+        return await _unary(self._stub.Sleep, request)
+
+    async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
+        """Pin a model, or take the pin off."""
+        return await _unary(self._stub.Pin, request)
+
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """List models, ordered by id."""
         return await _unary(self._stub.List, request)

@@ -83,6 +83,8 @@ class RuntimeOptions:
     """Sequences decoded in one batch, 1 to 256. Requests beyond them queue."""
     idle_timeout_seconds: float | None = None
     """Idle time before the model is unloaded; 0 never unloads it."""
+    sleep_timeout_seconds: float | None = None
+    """Idle time before the model gives its memory back and sleeps; 0 keeps it awake."""
     thread_count: int | None = None
     """Threads that compute. `None` takes one per physical core."""
     batch_size_tokens: int | None = None
@@ -137,6 +139,26 @@ class Failure:
     """Signal that ended the worker, for example `SIGSEGV`; empty when none did."""
 
 
+class MemoryPhase(StrEnum):
+    """What the figures of a `MemoryCharge` are."""
+
+    UNKNOWN = "unknown"
+    PREDICTED = "predicted"
+    """From the file and the options, while it loads."""
+    MEASURED = "measured"
+    RELEASING = "releasing"
+    """The worker is being stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryCharge:
+    """What a model is charged with in the server's memory ledger."""
+
+    phase: MemoryPhase
+    bytes: Mapping[str, int]
+    """By device; `RAM` is the main memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A model the server knows."""
@@ -156,7 +178,16 @@ class Model:
     load_time: datetime | None
     last_use_time: datetime | None
     expire_time: datetime | None
-    """When the idle model will be unloaded; moves forward on use."""
+    """When the idle model will be put to sleep or unloaded; moves forward on use."""
+    memory: MemoryCharge | None = None
+    """What it is charged with; `None` while nothing is reserved for it."""
+    lease_count: int = 0
+    """Requests that use it now."""
+    waiting_request_count: int = 0
+    """Requests that wait for it to be loaded."""
+    pinned: bool = False
+    priority: int = 0
+    group: str = ""
 
 
 class ProgressKind(StrEnum):

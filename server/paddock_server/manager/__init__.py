@@ -12,7 +12,7 @@ desired      what comes back after a restart
 
 from __future__ import annotations
 
-from paddock_server.manager.admission import Admission, CountAdmission
+from paddock_server.manager.admission import Admission, MemoryAdmission
 from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.manager import ModelManager
@@ -20,10 +20,10 @@ from paddock_server.manager.run import LiveWorker, WorkerLauncher
 
 __all__ = [
     "Admission",
-    "CountAdmission",
     "Lease",
     "LiveWorker",
     "ManagerConfig",
+    "MemoryAdmission",
     "ModelManager",
     "WorkerLauncher",
 ]

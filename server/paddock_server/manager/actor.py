@@ -24,12 +24,21 @@ from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.lease import Lease
-from paddock_server.manager.loop import Committed, Entered, Leaving, Left, Looked, ManagerLoop, Stayed
+from paddock_server.manager.loop import (
+    Committed,
+    Entered,
+    Leaving,
+    Left,
+    Looked,
+    ManagerLoop,
+    Slept,
+    Stayed,
+)
 from paddock_server.manager.options import Options, load_frame
 from paddock_server.manager.progress import LoadView, Subscription
-from paddock_server.manager.residency import Look
+from paddock_server.manager.residency import Holding, Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
-from paddock_server.manager.snapshot import Times, model_proto, public_state, visible
+from paddock_server.manager.snapshot import Clocks, Times, model_proto, public_state, visible
 from paddock_server.manager.state import ActorState, Limits, Phase
 from paddock_server.manager.transitions import step
 from paddock_server.supervisor import LogRing, WorkerSpec
@@ -61,6 +70,9 @@ class Tools:
     changes: ChangeLog
     admission: Admission
     loop: ManagerLoop
+    held: Callable[[str], Holding | None]
+    """What a model holds of the memory, by the books of the manager loop."""
+
     remember: Callable[[str, Options | None], None]
     """Keeps an operator's load over a restart, or forgets it."""
 
@@ -74,6 +86,8 @@ class Acquiring:
 
     reply: asyncio.Future[Lease]
     since: float
+    keep_alive_seconds: float = 0.0
+    """How long the model is to be kept after the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,14 @@ class EntryFound:
     event: m.FileFound
 
 
-Message: TypeAlias = m.Event | Spawned | Progressed | EntryFound
+@dataclass(frozen=True, slots=True, eq=False)
+class CatchUp:
+    """Somebody waits until everything before it has been read."""
+
+    read: asyncio.Event
+
+
+Message: TypeAlias = m.Event | Spawned | Progressed | EntryFound | CatchUp
 
 
 class Actor:
@@ -121,8 +142,17 @@ class Actor:
     def look(self) -> Look:
         """What the manager loop plans with. A moment old at most, and never acted on without asking."""
         state = self.state
-        last_use = max(self._last_use, state.ready_at)
-        return Look(state.ticket, state.phase, state.cause, state.leases, last_use, state.ready_at)
+        return Look(
+            state.ticket,
+            state.phase,
+            state.cause,
+            state.leases,
+            last_use=max(self._last_use, state.ready_at),
+            loaded_at=state.ready_at,
+            reload_seconds=self._load_seconds,
+            terms=state.terms,
+            stay=state.stay,
+        )
 
     @property
     def worker(self) -> LiveWorker | None:
@@ -131,7 +161,17 @@ class Actor:
 
     def snapshot(self) -> model_pb2.Model:
         """Return the model as the world sees it now."""
-        return model_proto(self.entry, self.state, self.worker, self._times, time.time())
+        held = self._tools.held(self.state.model)
+        return model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
+
+    def _clocks(self) -> Clocks:
+        return Clocks(time.time(), self._loop.time())
+
+    async def caught_up(self) -> None:
+        """Wait until everything told so far has been read."""
+        told = asyncio.Event()
+        self.tell(CatchUp(told))
+        await told.wait()
 
     async def run(self) -> None:
         """Read the inbox until cancelled. Whatever ends it, nobody is left waiting for an answer."""
@@ -148,7 +188,7 @@ class Actor:
         self._ended = True
         failure = self._end_failure()
         self._clear_timers(m.ClearTimers(tuple(m.Timer)))
-        for caller in (*self.state.waiters, *self.state.unloads):
+        for caller in (*self.state.waiters, *self.state.unloads, *self.state.sleeps):
             self._refuse(m.Refuse(caller, failure))
         self._end_load(m.EndLoad(failure))
         self._turn_away(last, failure)
@@ -172,10 +212,12 @@ class Actor:
 
     def _turn_away(self, message: Message, failure: failures.Failure) -> None:
         match message:
-            case m.AcquireAsked() | m.UnloadAsked():
+            case m.AcquireAsked() | m.UnloadAsked() | m.SleepAsked():
                 self._refuse(m.Refuse(message.caller, failure))
             case m.LoadAsked():
                 _subscription(message.caller).fail(failure)
+            case CatchUp():
+                message.read.set()
             case _:
                 pass
 
@@ -189,6 +231,8 @@ class Actor:
                 if self._is_current(message):
                     stage = self._view.stage_name if self._view is not None else message.stage
                     self._advance(replace(message, stage=stage))
+            case CatchUp():
+                message.read.set()
             case EntryFound():
                 self.entry = message.entry
                 self._advance(message.event)
@@ -309,6 +353,15 @@ class Actor:
                 self._commit(effect)
             case m.StartWorker():
                 self._start_worker(effect)
+            case m.WakeWorker():
+                self._wake_worker(effect)
+            case m.SuspendWorker():
+                if self._run is not None:
+                    self._run.sleep()
+            case m.Asleep():
+                tools.loop.tell(Slept(model, effect.ticket, self._resident_bytes()))
+            case m.AnswerSleep():
+                self._answer_sleep(effect)
             case m.StopWorker():
                 self._stop_worker(effect)
             case m.Grant():
@@ -353,27 +406,41 @@ class Actor:
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
-        cost = self._tools.admission.predicted(self.entry, effect.options)
+        cost = self._tools.admission.predicted(self.entry, effect.options, self.state.terms)
         self._tools.loop.tell(Entered(self.state.model, effect.ticket, cost))
 
     def _commit(self, effect: m.Commit) -> None:
+        self._tools.loop.tell(Committed(self.state.model, effect.ticket, self._resident_bytes()))
+
+    def _resident_bytes(self) -> int:
         worker = self.worker
-        resident_bytes = worker.resident_bytes() if worker is not None else 0
-        self._tools.loop.tell(Committed(self.state.model, effect.ticket, resident_bytes))
+        return worker.resident_bytes() if worker is not None else 0
 
     def _start_worker(self, effect: m.StartWorker) -> None:
         self._current_view().begin(pb.STAGE_SPAWN, "Starting the worker process.")
-        tools = self._tools
-        spec = WorkerSpec(self.state.model, self.state.load_id_of(effect.load_number), self.log_ring)
-        plan = RunPlan(
-            load_number=effect.load_number,
-            spec=spec,
-            frame=load_frame(str(self.entry.path), effect.options, tools.config),
-            options=effect.options,
+        plan = self._run_plan(effect.load_number, effect.options)
+        self._run = WorkerRun(self._tools.launcher, plan, self.tell)
+
+    def _wake_worker(self, effect: m.WakeWorker) -> None:
+        if self._run is None:  # It died, and the message about it is on its way.
+            self._start_worker(m.StartWorker(effect.load_number, effect.options))
+            return
+        view = self._current_view()
+        view.begin(pb.STAGE_SPAWN, "The worker process has slept.")
+        view.end_stage(cached=True)
+        self._begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
+        self._run.wake(self._run_plan(effect.load_number, effect.options))
+
+    def _run_plan(self, load_number: int, options: Options) -> RunPlan:
+        config = self._tools.config
+        return RunPlan(
+            load_number=load_number,
+            spec=WorkerSpec(self.state.model, self.state.load_id_of(load_number), self.log_ring),
+            frame=load_frame(str(self.entry.path), options, config),
+            options=options,
             size_bytes=self.entry.size_bytes,
-            stop_grace_seconds=tools.config.stop_grace_seconds,
+            stop_grace_seconds=config.stop_grace_seconds,
         )
-        self._run = WorkerRun(tools.launcher, plan, self.tell)
 
     def _stop_worker(self, effect: m.StopWorker) -> None:
         if self._run is not None:
@@ -393,12 +460,12 @@ class Actor:
                     load_id=self.state.load_id_of(effect.load_number),
                     worker=worker,
                     load_wait_seconds=now - acquiring.since if effect.waited else 0.0,
-                    release=self._release(effect.load_number),
+                    release=self._release(effect.load_number, acquiring.keep_alive_seconds),
                 )
             )
 
-    def _release(self, load_number: int) -> Callable[[], None]:
-        return lambda: self.tell(m.LeaseReturned(load_number))
+    def _release(self, load_number: int, keep_alive_seconds: float) -> Callable[[], None]:
+        return lambda: self.tell(m.LeaseReturned(load_number, keep_alive_seconds))
 
     def _refuse(self, effect: m.Refuse) -> None:
         caller = effect.caller
@@ -421,6 +488,13 @@ class Actor:
         response.loaded.already_loaded = already
         response.loaded.load_duration.FromNanoseconds(int(self._load_seconds * 1e9))
         return response
+
+    def _answer_sleep(self, effect: m.AnswerSleep) -> None:
+        response = pb.SleepResponse(model=self.snapshot())
+        for caller in effect.callers:
+            reply = cast("asyncio.Future[pb.SleepResponse]", caller)
+            if not reply.done():
+                reply.set_result(response)
 
     def _answer_unload(self, effect: m.AnswerUnload) -> None:
         response = pb.UnloadResponse(model=self.snapshot(), aborted_request_count=effect.aborted)

@@ -1,4 +1,4 @@
-"""Whether one more model fits beside those that are there. Pure.
+"""Whether one more model fits beside those that are there: the memory ledger's arithmetic. Pure.
 
 A cost is opaque to everyone but the admission that made it. It is held in three phases: reserved (predicted,
 from the moment a load is admitted), committed (measured, once it is loaded), releasing (until its worker is
@@ -7,59 +7,157 @@ reaped).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from paddock_server.catalog import CatalogEntry
-    from paddock_server.manager.options import Options
+    from paddock_server.manager.options import Options, Terms
 
 Cost: TypeAlias = Hashable
+
+RAM: Final = "RAM"
+"""Name of the main memory among the devices."""
 
 
 class Admission(Protocol):
     """A budget. Does not remember what is held: it is told every time."""
 
-    def predicted(self, entry: CatalogEntry, options: Options) -> Cost:
+    def predicted(self, entry: CatalogEntry, options: Options, terms: Terms) -> Cost:
         """Return what loading a model will take."""
         ...
 
-    def measured(self, predicted: Cost, resident_bytes: int) -> Cost:
+    def measured(self, held: Cost, resident_bytes: int) -> Cost:
         """Return what a loaded model takes, now that it can be measured."""
+        ...
+
+    def asleep(self, held: Cost, resident_bytes: int) -> Cost:
+        """Return what a model takes whose worker has given its memory back."""
         ...
 
     def fits(self, held: Iterable[Cost], cost: Cost) -> bool:
         """Say whether a cost fits beside those that are held, in whatever phase."""
         ...
 
-    def figures(self, cost: Cost) -> Mapping[str, str]:
-        """Return the numbers to tell somebody whose model would not fit beside nothing at all."""
+    def is_overrun(self, held: Iterable[Cost]) -> bool:
+        """Say whether more is held than there is: a model took more than was predicted."""
+        ...
+
+    def figures(self, held: Mapping[str, Cost], cost: Cost) -> Mapping[str, str]:
+        """Return the numbers to tell somebody whose model does not fit beside those that are held."""
         ...
 
 
-class CountAdmission:
-    """At most so many models, whatever their size."""
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model takes up: one place among `models_max`, bytes by device, and its group for itself."""
 
-    def __init__(self, models_max: int) -> None:
-        """Take the most models there may be at once; 0 is no limit."""
-        self._models_max = models_max
+    device_bytes: tuple[tuple[str, int], ...] = ()
+    places: int = 1
+    """0 for a model that sleeps."""
 
-    def predicted(self, entry: CatalogEntry, options: Options) -> Cost:
-        """Return the cost every model has."""
-        del entry, options
-        return 1
+    group: str = ""
+    """Exclusive group: only one of its models is there at a time. Empty: none."""
 
-    def measured(self, predicted: Cost, resident_bytes: int) -> Cost:
-        """Return the cost every model has."""
-        del resident_bytes
-        return predicted
+
+Predictor: TypeAlias = "Callable[[CatalogEntry, Options], Mapping[str, int]]"
+"""Gives the bytes a load will take, by device."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAdmission:
+    """So many models, so many bytes on each device, and one model of each exclusive group."""
+
+    models_max: int = 0
+    """Most models there may be at once; 0 is no limit."""
+
+    budget: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes by device. A device that is not named has no limit."""
+
+    predictor: Predictor | None = None
+    """None predicts nothing: models are limited by their number alone."""
+
+    def predicted(self, entry: CatalogEntry, options: Options, terms: Terms) -> Cost:
+        """Return what loading a model will take."""
+        if self.predictor is None:
+            return Footprint(group=terms.group)
+        return Footprint(tuple(sorted(self.predictor(entry, options).items())), group=terms.group)
+
+    def measured(self, held: Cost, resident_bytes: int) -> Cost:
+        """Put what is measured of the main memory in the place of what was predicted of it."""
+        return self._with_ram(_footprint(held), resident_bytes)
+
+    def asleep(self, held: Cost, resident_bytes: int) -> Cost:
+        """Keep what the process still takes of the main memory; of the rest, and of its group, nothing."""
+        footprint = _footprint(held)
+        kept = tuple(item for item in footprint.device_bytes if item[0] == RAM)
+        return self._with_ram(Footprint(kept, places=0), resident_bytes)
 
     def fits(self, held: Iterable[Cost], cost: Cost) -> bool:
-        """Say whether there is a place for one more."""
-        del cost
-        return not self._models_max or sum(1 for _ in held) < self._models_max
+        """Say whether there is a place, enough memory, and nobody of the same group."""
+        there = [_footprint(one) for one in held]
+        wanted = _footprint(cost)
+        if self.models_max and sum(one.places for one in there) >= self.models_max:
+            return False
+        if wanted.group and any(one.group == wanted.group for one in there):
+            return False
+        used = _sum(there)
+        return all(
+            used[device] + size <= self.budget[device]
+            for device, size in wanted.device_bytes
+            if device in self.budget
+        )
 
-    def figures(self, cost: Cost) -> Mapping[str, str]:
-        """Return the limit."""
-        del cost
-        return {"models_max": str(self._models_max)}
+    def is_overrun(self, held: Iterable[Cost]) -> bool:
+        """Say whether the memory of some device is exceeded. The other limits cannot be."""
+        used = _sum(_footprint(one) for one in held)
+        return any(used[device] > limit for device, limit in self.budget.items())
+
+    def figures(self, held: Mapping[str, Cost], cost: Cost) -> Mapping[str, str]:
+        """Return what is needed, what is free, and who holds what; bytes by device."""
+        there = {model: _footprint(one) for model, one in held.items()}
+        used = _sum(there.values())
+        wanted = _footprint(cost)
+        figures: dict[str, str] = {}
+        if self.models_max and sum(one.places for one in there.values()) >= self.models_max:
+            figures["models_max"] = str(self.models_max)
+        for device, size in wanted.device_bytes:
+            if device in self.budget:
+                figures[f"needed_bytes.{device}"] = str(size)
+                figures[f"free_bytes.{device}"] = str(max(0, self.budget[device] - used[device]))
+                figures[f"budget_bytes.{device}"] = str(self.budget[device])
+        for model, one in there.items():
+            sizes = ",".join(f"{device}={size}" for device, size in one.device_bytes)
+            figures[f"held_by.{model}"] = sizes or "a place"
+        if wanted.group:
+            figures["group"] = wanted.group
+        return figures
+
+    def _with_ram(self, footprint: Footprint, resident_bytes: int) -> Footprint:
+        others = tuple(item for item in footprint.device_bytes if item[0] != RAM)
+        if resident_bytes <= 0 or len(others) == len(footprint.device_bytes):
+            return footprint  # It cannot be measured, or main memory is not kept account of.
+        return replace(footprint, device_bytes=tuple(sorted((*others, (RAM, resident_bytes)))))
+
+
+def device_bytes(cost: Cost) -> Mapping[str, int]:
+    """Return the bytes a cost of `MemoryAdmission` stands for, by device."""
+    return dict(_footprint(cost).device_bytes)
+
+
+def _footprint(cost: Cost) -> Footprint:
+    if not isinstance(cost, Footprint):
+        message = f"{cost!r} is no cost of this admission"
+        raise TypeError(message)
+    return cost
+
+
+def _sum(footprints: Iterable[Footprint]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for one in footprints:
+        total.update(dict(one.device_bytes))
+    return total

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from paddock_server.manager import failure as failures
 from paddock_server.manager.messages import (
     AnswerLoaded,
+    AnswerSleep,
     AnswerUnload,
     ClearTimers,
     Conflict,
@@ -16,10 +17,10 @@ from paddock_server.manager.messages import (
     Refuse,
     RefuseLoad,
     Remember,
-    Timer,
 )
 from paddock_server.manager.options import Wish
 from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, NextLoad, Phase
+from paddock_server.manager.turn import IDLE_TIMERS
 
 if TYPE_CHECKING:
     from paddock_server.manager.messages import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         CallerLeft,
         LeaseReturned,
         LoadAsked,
+        SleepAsked,
         UnloadAsked,
     )
     from paddock_server.manager.options import Options
@@ -40,9 +42,9 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
     state = turn.state
     if state.closing:
         turn.do(RefuseLoad(event.caller, failures.shutting_down()))
-    elif state.gone and state.phase in AT_REST:
+    elif state.gone and (state.phase in AT_REST or state.phase is Phase.SLEEPING):
         turn.do(RefuseLoad(event.caller, failures.model_not_found(state.model)))
-    elif state.phase in AT_REST:
+    elif state.phase in AT_REST or state.phase is Phase.SLEEPING:
         turn.do(JoinLoad(event.caller))
         turn.begin(_wanted(turn, event), "load_asked")
     elif state.phase in COMING_UP:
@@ -58,9 +60,9 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
 
 
 def _wanted(turn: Turn, event: LoadAsked) -> NextLoad:
-    return NextLoad(
-        event.wish.filled(turn.state.defaults), explicit=True, timeout_seconds=event.timeout_seconds
-    )
+    state = turn.state
+    options = event.wish.filled(state.options if state.asleep else state.defaults)
+    return NextLoad(options, explicit=True, timeout_seconds=event.timeout_seconds)
 
 
 def _joins(turn: Turn, event: LoadAsked, options: Options) -> bool:
@@ -83,22 +85,22 @@ def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
         turn.do(RefuseLoad(event.caller, failures.options_conflict(state.model, fields)))
     else:
         if event.conflict is not Conflict.KEEP:
-            _set_idle_timeout(turn, event.wish)
+            _set_idle_times(turn, event.wish)
         turn.set(explicit=True)
         remember_load(turn)
         turn.do(AnswerLoaded(event.caller))
 
 
-def _set_idle_timeout(turn: Turn, wish: Wish) -> None:
+def _set_idle_times(turn: Turn, wish: Wish) -> None:
     state = turn.state
-    seconds = wish.idle_timeout_seconds
-    if seconds is None or seconds == state.options.idle_timeout_seconds:
+    times = Wish({}, wish.times)
+    if times.filled(state.options) == state.options:
         return
-    turn.set(options=Wish({}, seconds).filled(state.options))
+    turn.set(options=times.filled(state.options))
     if state.effective is not None:
-        turn.set(effective=Wish({}, seconds).filled(state.effective))
+        turn.set(effective=times.filled(state.effective))
     if state.leases == 0:
-        turn.do(ClearTimers((Timer.IDLE,)))
+        turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
 
 
@@ -117,7 +119,7 @@ def acquire_asked(turn: Turn, event: AcquireAsked) -> None:
         turn.do(Refuse(event.caller, failures.shutting_down()))
     elif state.phase is Phase.READY:
         grant(turn, (event.caller,), waited=False)
-    elif state.phase in AT_REST:
+    elif state.phase in AT_REST or state.phase is Phase.SLEEPING:
         _acquire_at_rest(turn, event)
     elif state.phase in GOING_DOWN and state.next_load is None and not event.autoload:
         turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))
@@ -134,7 +136,7 @@ def _acquire_at_rest(turn: Turn, event: AcquireAsked) -> None:
         turn.do(Refuse(event.caller, failures.model_not_found(state.model)))
     elif refusal is not None:
         turn.do(Refuse(event.caller, refusal))
-    elif not event.autoload:
+    elif not event.autoload and state.phase is not Phase.SLEEPING:
         turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))
     else:
         turn.set(waiters=(*state.waiters, event.caller))
@@ -142,7 +144,10 @@ def _acquire_at_rest(turn: Turn, event: AcquireAsked) -> None:
 
 
 def autoload(state: ActorState) -> NextLoad:
-    """Return the load that requests begin: as the operator had it, or with the defaults."""
+    """Return the load that requests begin: as it was before it fell asleep, as the operator had it, or with
+    the defaults."""
+    if state.asleep:
+        return NextLoad(state.options, explicit=False)
     return NextLoad(state.remembered or state.defaults, explicit=False)
 
 
@@ -150,7 +155,7 @@ def grant(turn: Turn, callers: tuple[Caller, ...], *, waited: bool) -> None:
     """Give callers leases of a ready model."""
     state = turn.state
     if state.leases == 0:
-        turn.do(ClearTimers((Timer.IDLE,)))
+        turn.do(ClearTimers(IDLE_TIMERS))
     turn.set(leases=state.leases + len(callers))
     turn.do(Grant(callers, state.load_number, waited))
 
@@ -162,7 +167,7 @@ def caller_left(turn: Turn, event: CallerLeft) -> None:
         return
     turn.set(waiters=tuple(caller for caller in state.waiters if caller != event.caller))
     if state.phase is Phase.ADMITTING and not turn.state.waiters and not state.explicit:
-        turn.rest(Phase.UNLOADED, "nobody_waits")
+        turn.withdraw(Phase.UNLOADED, "nobody_waits")
 
 
 def lease_returned(turn: Turn, event: LeaseReturned) -> None:
@@ -170,13 +175,30 @@ def lease_returned(turn: Turn, event: LeaseReturned) -> None:
     state = turn.state
     if event.load_number != state.load_number or state.leases == 0:
         return
-    turn.set(leases=state.leases - 1)
+    keep_until = max(state.keep_until, turn.now + event.keep_alive_seconds)
+    turn.set(leases=state.leases - 1, keep_until=keep_until)
     if turn.state.leases:
         return
     if state.phase is Phase.READY:
         turn.idle()
     elif state.phase is Phase.DRAINING:
         turn.stop(state.cause)
+
+
+def sleep_asked(turn: Turn, event: SleepAsked) -> None:
+    """Answer a call of Sleep. A model that is not loaded has nothing to give back."""
+    state = turn.state
+    if state.phase is Phase.READY and state.leases:
+        turn.do(Refuse(event.caller, failures.model_in_use(state.model, state.leases)))
+    elif state.phase is Phase.READY:
+        turn.set(sleeps=(event.caller,))
+        turn.suspend()
+    elif state.phase is Phase.SUSPENDING:
+        turn.set(sleeps=(*state.sleeps, event.caller))
+    elif state.phase is Phase.SLEEPING:
+        turn.do(AnswerSleep((event.caller,)))
+    else:
+        turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))
 
 
 def unload_asked(turn: Turn, event: UnloadAsked) -> None:
@@ -207,7 +229,10 @@ def _unload_of_failed(turn: Turn, event: UnloadAsked) -> None:
 def _unload_of_waiting(turn: Turn, event: UnloadAsked) -> None:
     del event
     turn.set(aborted=turn.call_off(failures.load_aborted(turn.state.model)))
-    turn.rest(Phase.UNLOADED, Cause.UNLOAD)
+    if turn.state.asleep:
+        turn.stop(Cause.UNLOAD)
+    else:
+        turn.rest(Phase.UNLOADED, Cause.UNLOAD)
 
 
 def _unload_of_starting(turn: Turn, event: UnloadAsked) -> None:
@@ -245,6 +270,8 @@ _UNLOADS: Final[dict[Phase, Callable[[Turn, UnloadAsked], None]]] = {
     Phase.BACKOFF: _unload_of_waiting,
     Phase.STARTING: _unload_of_starting,
     Phase.READY: _unload_of_ready,
+    Phase.SUSPENDING: _unload_of_starting,
+    Phase.SLEEPING: _unload_of_starting,
     Phase.DRAINING: _unload_of_draining,
     Phase.STOPPING: _unload_of_stopping,
 }

@@ -36,11 +36,17 @@ class ManagerConfig:
     queue_limit: int = 128
     """Requests that may wait for one model: for its load in the server, and for a slot in its worker."""
 
+    waiting_requests_max: int = 4096
+    """Requests that may wait for models to be loaded, over all models."""
+
     target_step_milliseconds: int = 50
     """Length of step a worker aims at while it takes a prompt in beside streams."""
 
     idle_timeout_seconds: float = 0.0
     """Idle time after which a model is unloaded; 0 keeps it."""
+
+    sleep_timeout_seconds: float = 0.0
+    """Idle time after which a model gives its memory back and sleeps; 0 has it stay awake."""
 
     drain_seconds: float = 30.0
     """How long running requests may go on when a model is unloaded and the caller does not say."""

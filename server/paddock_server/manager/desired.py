@@ -2,7 +2,7 @@
 server.
 
     {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, ..., "idle_timeout_seconds":
-    0.0}}]}
+    0.0}}], "pins": {"...": true}}
 
 In the order of loading, latest last. The file is replaced as a whole, so that a crash leaves the old one or
 the new one and nothing in between.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -33,6 +34,17 @@ MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 """Far more than any number of models needs; a larger file is not one of ours."""
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the file holds."""
+
+    loads: dict[str, Wish] = field(default_factory=dict[str, Wish])
+    """The loads to come back, the latest last."""
+
+    pins: dict[str, bool] = field(default_factory=dict[str, bool])
+    """What operators have said of pins."""
+
+
 class StateFileError(Exception):
     """The state file cannot be understood."""
 
@@ -44,6 +56,7 @@ class DesiredLoads:
         """`path` is the file; None keeps nothing."""
         self._path = path
         self._loads: dict[str, Wish] = {}
+        self._pins: dict[str, bool] = {}
         self._unwritten = False
         self._closing = False
         self._wake = asyncio.Event()
@@ -53,12 +66,18 @@ class DesiredLoads:
         """What is to come back, with all options; the latest load last."""
         return self._loads
 
+    @property
+    def pins(self) -> Mapping[str, bool]:
+        """What operators have said of pins; of other models the configuration's word counts."""
+        return self._pins
+
     async def read(self) -> None:
         """Take over what the file holds. One that is no good is set aside with a warning."""
         if self._path is None:
             return
         try:
-            self._loads = await asyncio.to_thread(read_state, self._path)
+            state = await asyncio.to_thread(read_state, self._path)
+            self._loads, self._pins = state.loads, state.pins
         except OSError as error:
             log.warning("state_file_unreadable", path=str(self._path), error=str(error))
         except StateFileError as error:
@@ -73,6 +92,15 @@ class DesiredLoads:
             self._loads[model] = options.as_wish()
         elif known is None:
             return
+        self._changed()
+
+    def pin(self, model: str, pinned: bool) -> None:
+        """Keep that a model is pinned, or is not."""
+        if self._pins.get(model) is not pinned:
+            self._pins[model] = pinned
+            self._changed()
+
+    def _changed(self) -> None:
         self._unwritten = True
         self._wake.set()
 
@@ -88,7 +116,7 @@ class DesiredLoads:
             if self._path is None or not unwritten:
                 continue
             try:
-                await asyncio.to_thread(write_atomically, self._path, _document(self._loads))
+                await asyncio.to_thread(write_atomically, self._path, _document(self._loads, self._pins))
             except OSError as error:
                 log.warning("state_file_not_written", path=str(self._path), error=str(error))
 
@@ -98,15 +126,13 @@ class DesiredLoads:
         self._wake.set()
 
 
-def _document(loads: Mapping[str, Wish]) -> bytes:
-    entries = [
-        {"model": model, "options": {**wish.values, "idle_timeout_seconds": wish.idle_timeout_seconds}}
-        for model, wish in loads.items()
-    ]
-    return json.dumps({"version": VERSION, "loads": entries}, indent=1, ensure_ascii=False).encode()
+def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool]) -> bytes:
+    entries = [{"model": model, "options": {**wish.values, **wish.times}} for model, wish in loads.items()]
+    document = {"version": VERSION, "loads": entries, "pins": dict(pins)}
+    return json.dumps(document, indent=1, ensure_ascii=False).encode()
 
 
-def read_state(path: Path) -> dict[str, Wish]:
+def read_state(path: Path) -> State:
     """Read a state file; an absent one is empty.
 
     Raises:
@@ -117,7 +143,7 @@ def read_state(path: Path) -> dict[str, Wish]:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        return {}
+        return State()
     if len(raw) > MAX_FILE_BYTES:
         message = f"it is larger than {MAX_FILE_BYTES} bytes"
         raise StateFileError(message)
@@ -126,7 +152,10 @@ def read_state(path: Path) -> dict[str, Wish]:
         if document["version"] != VERSION:
             message = f"its version is {document['version']!r}; {VERSION} is known"
             raise StateFileError(message)
-        return {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
+        loads = {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
+        return State(
+            loads, {_model_name(model): pin is True for model, pin in document.get("pins", {}).items()}
+        )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"{type(error).__name__}: {error}"
         raise StateFileError(message) from error

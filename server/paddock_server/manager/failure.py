@@ -185,6 +185,15 @@ def model_not_loaded(model: str) -> Failure:
     )
 
 
+def model_in_use(model: str, requests: int) -> Failure:
+    """Return the refusal of a call that would take the model from requests that use it."""
+    return Failure(
+        Reason.MODEL_IN_USE,
+        f"Model {model!r} serves {requests} requests; wait for them, or unload it.",
+        {"model": model, "requests": str(requests)},
+    )
+
+
 def queue_full(model: str, waiting: int) -> Failure:
     """Return the refusal of a request that would be one too many to wait for a model."""
     return Failure(
@@ -205,13 +214,37 @@ def too_many_models_wait(model: str, waiting: int) -> Failure:
     )
 
 
+def too_many_requests_wait(model: str, waiting: int) -> Failure:
+    """Return the refusal of a request that would be one too many to wait for any model."""
+    return Failure(
+        Reason.QUEUE_FULL,
+        f"{waiting} requests wait for models to be loaded already, so one for {model!r} is not queued.",
+        {"model": model, "waiting_requests": str(waiting)},
+        retry_after_seconds=DEFAULT_RETRY_SECONDS,
+    )
+
+
 def never_fits(model: str, figures: Mapping[str, str]) -> Failure:
     """Return the refusal of a load that would not fit beside nothing at all."""
-    told = ", ".join(f"{name} {value}" for name, value in figures.items())
     return Failure(
         Reason.INSUFFICIENT_MEMORY,
-        f"Model {model!r} does not fit even when nothing else is loaded: {told}.",
+        f"Model {model!r} does not fit even when nothing else is loaded: {_told(figures)}.",
         {"model": model, **figures},
+    )
+
+
+def _told(figures: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in figures.items())
+
+
+def no_room_beside_pinned(model: str, pinned: Sequence[str], figures: Mapping[str, str]) -> Failure:
+    """Return the refusal of a load that pinned models leave no room for."""
+    names = " and ".join(repr(name) for name in pinned)
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"Model {model!r} does not fit beside {names}, which {'is' if len(pinned) == 1 else 'are'} pinned: "
+        f"{_told(figures)}. Unpin or unload one.",
+        {"model": model, "pinned": ",".join(pinned), **figures},
     )
 
 

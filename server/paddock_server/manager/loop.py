@@ -57,6 +57,15 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Slept:
+    """A model's worker has given its memory back."""
+
+    model: str
+    ticket: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Leaving:
     """A model's worker is being stopped."""
 
@@ -85,7 +94,7 @@ class Looked:
     """Something changed that a plan may depend on."""
 
 
-LoopMessage: TypeAlias = Entered | Committed | Leaving | Left | Stayed | Looked
+LoopMessage: TypeAlias = Entered | Committed | Slept | Leaving | Left | Stayed | Looked
 
 
 class ManagerLoop:
@@ -124,6 +133,8 @@ class ManagerLoop:
                     self._give(refusal)
             case Committed():
                 books.commit(message.model, message.ticket, message.resident_bytes)
+            case Slept():
+                books.asleep(message.model, message.ticket, message.resident_bytes)
             case Leaving():
                 books.releasing(message.model, message.ticket)
             case Left():

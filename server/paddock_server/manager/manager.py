@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -15,7 +16,7 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
-from paddock_server.manager.admission import CountAdmission
+from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.loop import ManagerLoop
@@ -27,12 +28,14 @@ from paddock_server.manager.messages import (
     FileFound,
     FileGone,
     LoadAsked,
+    SleepAsked,
+    TermsSet,
     UnloadAsked,
 )
-from paddock_server.manager.options import default_options, wish_of
+from paddock_server.manager.options import Terms, default_options, wish_of
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
-from paddock_server.manager.state import NEVER, ActorState, Limits
+from paddock_server.manager.state import NEVER, ActorState, Limits, Phase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Mapping
@@ -98,7 +101,7 @@ class ModelManager:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._own_tasks: set[asyncio.Task[None]] = set()
         self._changes = ChangeLog(self.instance_id, self._models)
-        admission = admission or CountAdmission(config.models_max)
+        admission = admission or MemoryAdmission(config.models_max)
         residency = Residency(
             admission,
             patience_seconds=config.patience_seconds,
@@ -122,12 +125,14 @@ class ModelManager:
             changes=self._changes,
             admission=admission,
             loop=self._loop,
+            held=residency.held.get,
             remember=self._desired.put,
             vanished=self._vanished,
         )
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
+        self._waiting = 0
         self._closing = False
 
     # Life
@@ -238,22 +243,57 @@ class ModelManager:
         )
         return await reply
 
+    async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
+        """Have a model give its memory back; returns when it has.
+
+        Raises:
+            PaddockError: MODEL_NOT_FOUND, MODEL_NOT_LOADED, MODEL_IN_USE.
+        """
+        actor = await self._actor(request.model)
+        reply: asyncio.Future[pb.SleepResponse] = asyncio.get_running_loop().create_future()
+        actor.tell(SleepAsked(reply))
+        return await reply
+
+    async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
+        """Pin a model or take the pin off, now and after a restart.
+
+        Raises:
+            PaddockError: MODEL_NOT_FOUND.
+        """
+        actor = await self._actor(request.model)
+        pinned = not request.unpin
+        self._desired.pin(actor.state.model, pinned)
+        actor.tell(TermsSet(replace(actor.state.terms, pinned=pinned)))
+        await actor.caught_up()
+        return pb.PinResponse(model=actor.snapshot())
+
     async def acquire(
-        self, model: str, autoload: pb.AutoloadPolicy.ValueType = pb.AUTOLOAD_POLICY_UNSPECIFIED
+        self,
+        model: str,
+        autoload: pb.AutoloadPolicy.ValueType = pb.AUTOLOAD_POLICY_UNSPECIFIED,
+        keep_alive_seconds: float = 0.0,
     ) -> Lease:
         """Make sure that a model is loaded, and take a lease on it, in one step.
+
+        Args:
+            model: The model.
+            autoload: Whether to load it when it is not loaded.
+            keep_alive_seconds: How long it is to be kept after the lease, at least.
 
         Raises:
             PaddockError: there is no such model, it may not or cannot be loaded, or too many wait for it.
         """
         actor = await self._actor_to_load(model)
         loop = asyncio.get_running_loop()
-        caller = Acquiring(loop.create_future(), loop.time())
+        if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
+            raise failures.too_many_requests_wait(model, self._waiting).error()
+        caller = Acquiring(loop.create_future(), loop.time(), keep_alive_seconds)
         if autoload == pb.AUTOLOAD_POLICY_UNSPECIFIED:
             allowed = self._config.autoload
         else:
             allowed = autoload == pb.AUTOLOAD_POLICY_LOAD
         actor.tell(AcquireAsked(caller, allowed))
+        self._waiting += 1
         try:
             return await caller.reply
         except asyncio.CancelledError:
@@ -263,6 +303,8 @@ class ModelManager:
             else:
                 actor.tell(CallerLeft(caller))
             raise
+        finally:
+            self._waiting -= 1
 
     async def snapshot(self, model: str) -> model_pb2.Model:
         """Return a model as it is now.
@@ -375,6 +417,7 @@ class ModelManager:
             model=entry.id,
             defaults=defaults,
             options=defaults,
+            terms=Terms(pinned=self._desired.pins.get(entry.id, False)),
             load_id_prefix=f"{self.instance_id}-{secrets.token_hex(3)}-",
             remembered=wish.filled(defaults) if wish is not None else None,
             problem=_problem(entry),

@@ -16,7 +16,7 @@ from enum import Enum, StrEnum, auto
 from typing import TypeAlias
 
 from paddock_server.manager.failure import Failure
-from paddock_server.manager.options import Options, Wish
+from paddock_server.manager.options import Options, Terms, Wish
 
 Caller: TypeAlias = Hashable
 
@@ -37,6 +37,8 @@ class Timer(StrEnum):
     RESTART = "restart"
     DRAIN = "drain"
     IDLE = "idle"
+    SLEEP = "sleep"
+    SUSPEND = "suspend"
 
 
 # Events
@@ -72,6 +74,22 @@ class LeaseReturned:
     """A request is through with the model."""
 
     load_number: int
+    keep_alive_seconds: float = 0.0
+    """How long it wants the model kept from now on, whatever the idle time-outs say."""
+
+
+@dataclass(frozen=True, slots=True)
+class SleepAsked:
+    """Somebody calls Sleep."""
+
+    caller: Caller
+
+
+@dataclass(frozen=True, slots=True)
+class TermsSet:
+    """The terms have changed on which the model stays in memory."""
+
+    terms: Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +149,15 @@ class StartFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerSlept:
+    """The worker has given its memory back and waits to load again."""
+
+    load_number: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """A worker that served is gone, and nobody had asked for it."""
+    """A worker that served or slept is gone, and nobody had asked for it."""
 
     load_number: int
     failure: Failure
@@ -186,6 +211,8 @@ Event: TypeAlias = (
     | AcquireAsked
     | CallerLeft
     | LeaseReturned
+    | SleepAsked
+    | TermsSet
     | UnloadAsked
     | Admitted
     | AdmissionRefused
@@ -193,6 +220,7 @@ Event: TypeAlias = (
     | EvictionRelented
     | WorkerReady
     | StartFailed
+    | WorkerSlept
     | WorkerDied
     | WorkerReaped
     | TimerFired
@@ -253,6 +281,35 @@ class StartWorker:
 
     load_number: int
     options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendWorker:
+    """Have the worker give its memory back and stay."""
+
+    load_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeWorker:
+    """Have a worker that sleeps load again."""
+
+    load_number: int
+    options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """Tell the manager loop that the model sleeps, so that it can be measured."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSleep:
+    """Tell callers of Sleep what has become of the model."""
+
+    callers: tuple[Caller, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +427,10 @@ Effect: TypeAlias = (
     | EvictionRefused
     | LookAgain
     | StartWorker
+    | SuspendWorker
+    | WakeWorker
+    | Asleep
+    | AnswerSleep
     | StopWorker
     | Grant
     | Refuse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -31,16 +31,34 @@ class Options:
     thread_count: int
     batch_size_tokens: int
     idle_timeout_seconds: float = 0.0
+    sleep_timeout_seconds: float = 0.0
 
     def to_proto(self) -> model_pb2.RuntimeOptions:
         """Return the message for `Model.runtime_options`."""
         proto = model_pb2.RuntimeOptions(**{name: getattr(self, name) for name in _RANGES})
-        proto.idle_timeout.FromNanoseconds(int(self.idle_timeout_seconds * 1e9))
+        for name, field_name in _TIMES.items():
+            getattr(proto, field_name).FromNanoseconds(int(getattr(self, name) * 1e9))
         return proto
 
     def as_wish(self) -> Wish:
         """Return a wish for exactly these options."""
-        return Wish({name: getattr(self, name) for name in _RANGES}, self.idle_timeout_seconds)
+        return Wish(
+            {name: getattr(self, name) for name in _RANGES}, {name: getattr(self, name) for name in _TIMES}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a model stays in memory. They change while it is loaded, without another load."""
+
+    pinned: bool = False
+    """Whether it is neither evicted nor unloaded for idleness."""
+
+    priority: int = 0
+    """Each step up doubles what it costs to evict it."""
+
+    group: str = ""
+    """Exclusive group: of its models only one is in memory at a time. Empty: none."""
 
 
 class _Range(NamedTuple):
@@ -57,7 +75,13 @@ _RANGES: Final[Mapping[str, _Range]] = MappingProxyType(
         "batch_size_tokens": _Range(32, 8192),
     }
 )
-"""The options a worker is started with, and what they may be. The idle time-out is the server's affair."""
+"""The options a worker is started with, and what they may be."""
+
+_TIMES: Final[Mapping[str, str]] = MappingProxyType(
+    {"idle_timeout_seconds": "idle_timeout", "sleep_timeout_seconds": "sleep_timeout"}
+)
+"""The options that are the server's affair, and their fields: how long a model may be idle before it is
+unloaded, or put to sleep. They need no other load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +91,18 @@ class Wish:
     values: Mapping[str, int]
     """By name of the field; only those a worker is started with."""
 
-    idle_timeout_seconds: float | None = None
-    """None when left to the server."""
+    times: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By name of the option, in seconds; only those a worker does not know of."""
 
     def filled(self, defaults: Options) -> Options:
         """Return all options: what was set, and the defaults."""
-        options = replace(defaults, **self.values)
-        if self.idle_timeout_seconds is None:
-            return options
-        return replace(options, idle_timeout_seconds=self.idle_timeout_seconds)
+        return replace(defaults, **self.values, **self.times)
 
     def conflicts(self, asked: Options, effective: Options | None) -> tuple[str, ...]:
         """Return the names of the options that were set and that a load does not have.
 
         `asked` is what the load was started with and `effective` what the worker made of it (a context size
-        of 0 becomes the trained one). Agreeing with either is agreeing. The idle time-out needs no other
-        load.
+        of 0 becomes the trained one). Agreeing with either is agreeing. The idle times need no other load.
         """
         return tuple(
             name
@@ -106,17 +126,20 @@ def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
         if not low <= values[name] <= high:
             description = f"must be from {low} to {high}, not {values[name]}"
             violations.append(FieldViolation(f"{FIELD}.{name}", description))
-    idle: float | None = None
-    if options.HasField("idle_timeout"):
-        idle = options.idle_timeout.seconds + options.idle_timeout.nanos / 1e9
-        if not 0 <= idle <= MAX_IDLE_SECONDS:
-            description = f"must be from 0 to {MAX_IDLE_SECONDS} seconds; 0 turns idle unloading off"
-            violations.append(FieldViolation(f"{FIELD}.idle_timeout", description))
+    times: dict[str, float] = {}
+    for name, field_name in _TIMES.items():
+        if not options.HasField(field_name):  # pyright: ignore[reportArgumentType]  # the stub wants a literal
+            continue
+        duration = getattr(options, field_name)
+        times[name] = duration.seconds + duration.nanos / 1e9
+        if not 0 <= times[name] <= MAX_IDLE_SECONDS:
+            description = f"must be from 0 to {MAX_IDLE_SECONDS} seconds; 0 turns it off"
+            violations.append(FieldViolation(f"{FIELD}.{field_name}", description))
     if violations:
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
         metadata = {"field": violations[0].field}
         raise InvalidFieldError(Reason.INVALID_FIELD, message, metadata=metadata, violations=violations)
-    return Wish(values, idle)
+    return Wish(values, times)
 
 
 def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
@@ -134,6 +157,7 @@ def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
         thread_count=config.thread_count,
         batch_size_tokens=config.batch_size_tokens,
         idle_timeout_seconds=config.idle_timeout_seconds,
+        sleep_timeout_seconds=config.sleep_timeout_seconds,
     )
 
 
@@ -178,10 +202,17 @@ def stored_wish(stored: Mapping[str, object]) -> Wish:
             message = f"{name} is {value!r}; it must be from {low} to {high}"
             raise ValueError(message)
         values[name] = value
-    idle = stored.get("idle_timeout_seconds")
-    if idle is None:
-        return Wish(values)
-    if not isinstance(idle, int | float) or isinstance(idle, bool) or not 0 <= idle <= MAX_IDLE_SECONDS:
-        message = f"idle_timeout_seconds is {idle!r}; it must be from 0 to {MAX_IDLE_SECONDS}"
-        raise ValueError(message)
-    return Wish(values, float(idle))
+    times: dict[str, float] = {}
+    for name in _TIMES:
+        value = stored.get(name)
+        if value is None:
+            continue
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value <= MAX_IDLE_SECONDS
+        ):
+            message = f"{name} is {value!r}; it must be from 0 to {MAX_IDLE_SECONDS}"
+            raise ValueError(message)
+        times[name] = float(value)
+    return Wish(values, times)

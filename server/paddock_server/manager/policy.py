@@ -2,12 +2,14 @@
 
 - First come, first served: nobody is let in before one who waits longer, so that a small model cannot keep a
   large one waiting for ever.
-- Idle models go first, least recently used first. A model in use is not a victim.
+- Idle models go first: the set of them that it costs least to do without. What a model costs is the time its
+  load takes again, the more the more recently it was used and the higher its priority (`eviction_cost`). A
+  model in use is not a victim, nor is a pinned one.
 - One who has waited for longer than the patience is owed a place: the model that has been loaded for the
-longest
-  time takes no new requests, lets its running ones end, and goes. It is let off when that is no longer
-  needed.
+  longest time takes no new requests, lets its running ones end, and goes. It is let off when that is no
+  longer needed.
 - Only as many go as are needed, and what is leaving already counts.
+- A model that took more than was predicted has the cheapest idle ones go until the budget is kept again.
 """
 
 from __future__ import annotations
@@ -15,19 +17,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
 from paddock_server.manager.admission import Cost
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from paddock_server.manager.admission import Admission
+
+EXACT_CANDIDATES: Final = 10
+"""Of so many candidates the cheapest set is found by trying all sets; of more, step by step."""
+
+LEAST_RELOAD_SECONDS: Final = 0.1
+"""A load costs at least this: below, differences say nothing."""
 
 
 class Standing(Enum):
     """What can be done about a model that takes up room."""
 
     FIXED = auto()
-    """It loads, or its worker is being started again: nothing."""
+    """It loads, its worker is being started again, or it is pinned: nothing."""
 
     IDLE = auto()
     """It can go at once."""
@@ -54,6 +65,11 @@ class Resident:
     standing: Standing
     last_use: float = 0.0
     loaded_at: float = 0.0
+    reload_seconds: float = 0.0
+    """How long its load is going to take again."""
+
+    priority: int = 0
+    """Each step up doubles what it costs to do without the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +113,22 @@ class _Planner:
         self._admission = admission
         self._now = now
         self._patience = patience
-        self._held = [resident.cost for resident in residents]
+        self._held = list(residents)
         self._staying = [resident for resident in residents if resident.standing is not Standing.LEAVING]
+        self._prices = eviction_costs(residents)
         self._yielding = [resident.model for resident in residents if resident.standing is Standing.YIELDING]
         self._victims: list[Resident] = []
 
     def plan(self, waiting: Sequence[Waiting]) -> Plan:
+        if self._admission.is_overrun(_costs(self._staying)):
+            self._evict((Standing.IDLE,), lambda staying: not self._admission.is_overrun(_costs(staying)))
         admit: list[str] = []
         wake_at: float | None = None
         nobody_passed_over = True
         for candidate in waiting:
-            if nobody_passed_over and self._admission.fits(self._held, candidate.cost):
+            if nobody_passed_over and self._fits(self._held, candidate):
                 admit.append(candidate.model)
-                self._held.append(candidate.cost)
+                self._held = [*_others(self._held, candidate), _fixed(candidate)]
             elif self._make_room(candidate):
                 nobody_passed_over = False
             else:
@@ -117,7 +136,7 @@ class _Planner:
                 patience_ends = candidate.since + self._patience
                 wake_at = patience_ends if patience_ends > self._now else None
                 break
-            self._staying.append(Resident(candidate.model, candidate.cost, Standing.FIXED))
+            self._staying = [*_others(self._staying, candidate), _fixed(candidate)]
         going = {victim.model for victim in self._victims}
         return Plan(
             admit=tuple(admit),
@@ -132,31 +151,98 @@ class _Planner:
 
     def _make_room(self, candidate: Waiting) -> bool:
         """Choose who goes so that the candidate will fit; nobody when it would not fit even then."""
-        staying = list(self._staying)
-        victims: list[Resident] = []
-        while not self._admission.fits((resident.cost for resident in staying), candidate.cost):
-            victim = self._victim(staying, candidate)
-            if victim is None:
-                return False
-            staying.remove(victim)
-            victims.append(victim)
-        self._staying = staying
+        aged = self._now >= candidate.since + self._patience
+        return self._evict(_AGED_ORDER if aged else _ORDER, lambda staying: self._fits(staying, candidate))
+
+    def _fits(self, held: Sequence[Resident], candidate: Waiting) -> bool:
+        """Whether a candidate fits; what it holds itself, when it sleeps, becomes part of its new cost."""
+        return self._admission.fits(_costs(_others(held, candidate)), candidate.cost)
+
+    def _evict(self, order: Sequence[Standing], enough: Callable[[Sequence[Resident]], bool]) -> bool:
+        """Choose the cheapest victims of these standings, so that what stays leaves enough."""
+        candidates = sorted(
+            (resident for resident in self._staying if resident.standing in order),
+            key=lambda resident: self._rank(resident, order),
+        )
+        if not enough(_without(self._staying, candidates)):
+            return False
+        victims = self._cheapest(candidates, order, enough)
+        self._staying = _without(self._staying, victims)
         self._victims += victims
         return True
 
-    def _victim(self, staying: Sequence[Resident], candidate: Waiting) -> Resident | None:
-        aged = self._now >= candidate.since + self._patience
-        order = _AGED_ORDER if aged else _ORDER
-        ranked = [resident for resident in staying if resident.standing in order]
-        return min(
-            ranked,
-            key=lambda resident: (
-                order.index(resident.standing),
-                resident.last_use if resident.standing is Standing.IDLE else resident.loaded_at,
-                resident.model,
-            ),
-            default=None,
+    def _cheapest(
+        self,
+        candidates: list[Resident],
+        order: Sequence[Standing],
+        enough: Callable[[Sequence[Resident]], bool],
+    ) -> list[Resident]:
+        """Return the victims, where all candidates together are enough."""
+        if len(candidates) <= EXACT_CANDIDATES:
+            sets = (
+                list(chosen)
+                for size in range(len(candidates) + 1)
+                for chosen in combinations(candidates, size)
+            )
+            return min(
+                (chosen for chosen in sets if enough(_without(self._staying, chosen))),
+                key=lambda chosen: self._price(chosen, order),
+            )
+        chosen: list[Resident] = []
+        for candidate in candidates:
+            chosen.append(candidate)
+            if enough(_without(self._staying, chosen)):
+                break
+        for victim in chosen[-2::-1]:  # Those that what came after them has made needless are spared.
+            spared = _without(chosen, [victim])
+            if enough(_without(self._staying, spared)):
+                chosen = spared
+        return chosen
+
+    def _rank(self, resident: Resident, order: Sequence[Standing]) -> tuple[int, float, str]:
+        idle = resident.standing is Standing.IDLE
+        price = self._prices[resident.model] if idle else resident.loaded_at
+        return (order.index(resident.standing), price, resident.model)
+
+    def _price(self, chosen: list[Resident], order: Sequence[Standing]) -> tuple[object, ...]:
+        """What a set of victims costs: first as few as may be of those that are worst to take."""
+        worst_first = tuple(
+            sum(victim.standing is standing for victim in chosen) for standing in reversed(order)
         )
+        idle = [victim for victim in chosen if victim.standing is Standing.IDLE]
+        others = sorted(self._rank(victim, order) for victim in chosen if victim not in idle)
+        total = sum(self._prices[victim.model] for victim in idle)
+        return (worst_first[:-1], others, total, len(idle), [victim.model for victim in chosen])
+
+
+def eviction_costs(residents: Sequence[Resident]) -> dict[str, float]:
+    """Return what it costs to do without each model: the seconds of its load, weighed by use and priority.
+
+    By use: the one used last counts whole, the one before it half, the third last a third. An order and no
+    times, so that what was used a second earlier goes first among models that load in about the same time.
+    """
+    by_use = sorted(residents, key=lambda resident: (resident.last_use, resident.loaded_at, resident.model))
+    return {
+        resident.model: max(resident.reload_seconds, LEAST_RELOAD_SECONDS) / rank * 2.0**resident.priority
+        for rank, resident in enumerate(reversed(by_use), 1)
+    }
+
+
+def _costs(residents: Sequence[Resident]) -> list[Cost]:
+    return [resident.cost for resident in residents]
+
+
+def _others(residents: Sequence[Resident], candidate: Waiting) -> list[Resident]:
+    return [resident for resident in residents if resident.model != candidate.model]
+
+
+def _fixed(candidate: Waiting) -> Resident:
+    return Resident(candidate.model, candidate.cost, Standing.FIXED)
+
+
+def _without(residents: Sequence[Resident], gone: Sequence[Resident]) -> list[Resident]:
+    models = {resident.model for resident in gone}
+    return [resident for resident in residents if resident.model not in models]
 
 
 _ORDER: Final = (Standing.IDLE, Standing.DRAINING)

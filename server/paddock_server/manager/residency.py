@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paddock_server.manager import failure as failures
 from paddock_server.manager.admission import Cost
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
+from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, plan
 from paddock_server.manager.state import Cause, Phase
 
@@ -32,6 +33,10 @@ class Look(NamedTuple):
     leases: int
     last_use: float
     loaded_at: float
+    reload_seconds: float = 0.0
+    terms: Terms = Terms()
+    stay: int = 0
+    """The ticket it holds room under, where that is an earlier one."""
 
 
 class Stage(Enum):
@@ -43,7 +48,9 @@ class Stage(Enum):
 
 
 @dataclass(slots=True)
-class _Holding:
+class Holding:
+    """What a model holds. Changed by `Residency` alone."""
+
     ticket: int
     cost: Cost
     stage: Stage = Stage.RESERVED
@@ -72,13 +79,13 @@ class Residency:
         self._admission = admission
         self._patience = patience_seconds
         self._waiting_max = waiting_max
-        self._held: dict[str, _Holding] = {}
+        self._held: dict[str, Holding] = {}
         self._waiting: dict[str, _Entry] = {}
 
     @property
-    def held(self) -> Mapping[str, tuple[Stage, Cost]]:
+    def held(self) -> Mapping[str, Holding]:
         """Who holds what, by model."""
-        return {model: (holding.stage, holding.cost) for model, holding in self._held.items()}
+        return self._held
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -88,7 +95,7 @@ class Residency:
     def enter(self, model: str, ticket: int, cost: Cost, now: float) -> Order | None:
         """Queue a model; or return its refusal."""
         if not self._admission.fits((), cost):
-            failure = failures.never_fits(model, self._admission.figures(cost))
+            failure = failures.never_fits(model, self._admission.figures({}, cost))
         elif len(self._waiting) >= self._waiting_max:
             failure = failures.too_many_models_wait(model, len(self._waiting))
         else:
@@ -105,11 +112,18 @@ class Residency:
             del self._held[model]
 
     def commit(self, model: str, ticket: int, resident_bytes: int) -> None:
-        """Replace what was predicted by what is measured."""
+        """Replace what was predicted, or measured before, by what is measured."""
         holding = self._holding(model, ticket)
         if holding is not None:
             holding.cost = self._admission.measured(holding.cost, resident_bytes)
             holding.stage = Stage.COMMITTED
+
+    def asleep(self, model: str, ticket: int, resident_bytes: int) -> None:
+        """Note that a worker has given its memory back."""
+        holding = self._holding(model, ticket)
+        if holding is not None:
+            holding.cost = self._admission.asleep(holding.cost, resident_bytes)
+            holding.asked = None
 
     def releasing(self, model: str, ticket: int) -> None:
         """Note that a worker is being stopped."""
@@ -126,19 +140,38 @@ class Residency:
     def decide(self, look: Callable[[str], Look | None], now: float) -> tuple[list[Order], float | None]:
         """Make a plan and enter it in the books; return what to tell whom, and when to plan again at the
         latest."""
-        if not self._waiting and all(
-            holding.asked is not Standing.YIELDING for holding in self._held.values()
+        if (
+            not self._waiting
+            and all(holding.asked is not Standing.YIELDING for holding in self._held.values())
+            and not self._admission.is_overrun(holding.cost for holding in self._held.values())
         ):
             return [], None
-        residents = [self._resident(model, holding, look(model)) for model, holding in self._held.items()]
+        looks = {model: look(model) for model in self._held}
+        refusals = list(self._refuse_beside_pinned(looks))
+        residents = [self._resident(model, holding, looks[model]) for model, holding in self._held.items()]
         waiting = [Waiting(model, entry.cost, entry.since) for model, entry in self._waiting.items()]
         chosen = plan(residents, waiting, self._admission, now, self._patience)
-        return list(self._carry_out(chosen)), chosen.wake_at
+        return [*refusals, *self._carry_out(chosen)], chosen.wake_at
+
+    def _refuse_beside_pinned(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
+        """Turn away who would wait for room that pinned models will never make."""
+        pinned = {
+            model: self._held[model].cost
+            for model, shown in looks.items()
+            if shown is not None and shown.terms.pinned and shown.phase in _STAYING
+        }
+        for model, entry in list(self._waiting.items()):
+            others = {name: cost for name, cost in pinned.items() if name != model}
+            if not self._admission.fits(others.values(), entry.cost):
+                del self._waiting[model]
+                figures = self._admission.figures(others, entry.cost)
+                failure = failures.no_room_beside_pinned(model, sorted(others), figures)
+                yield Order(model, AdmissionRefused(entry.ticket, failure))
 
     def _carry_out(self, chosen: Plan) -> Iterable[Order]:
         for model in chosen.admit:
             entry = self._waiting.pop(model)
-            self._held[model] = _Holding(entry.ticket, entry.cost)
+            self._held[model] = Holding(entry.ticket, entry.cost)
             yield Order(model, Admitted(entry.ticket))
         for models, standing in ((chosen.evict, Standing.LEAVING), (chosen.drain, Standing.YIELDING)):
             for model in models:
@@ -150,24 +183,40 @@ class Residency:
             holding.asked = None
             yield Order(model, EvictionRelented(holding.ticket))
 
-    def _holding(self, model: str, ticket: int) -> _Holding | None:
+    def _holding(self, model: str, ticket: int) -> Holding | None:
         holding = self._held.get(model)
         return holding if holding is not None and holding.ticket == ticket else None
 
-    def _resident(self, model: str, holding: _Holding, look: Look | None) -> Resident:
+    def _resident(self, model: str, holding: Holding, look: Look | None) -> Resident:
         if look is None:
             return Resident(model, holding.cost, Standing.LEAVING)
-        return Resident(model, holding.cost, _standing(holding, look), look.last_use, look.loaded_at)
+        return Resident(
+            model,
+            holding.cost,
+            _standing(holding, look),
+            look.last_use,
+            look.loaded_at,
+            look.reload_seconds,
+            look.terms.priority,
+        )
 
 
-def _standing(holding: _Holding, look: Look) -> Standing:
+_STAYING: Final = frozenset({Phase.READY, Phase.SLEEPING})
+"""A pinned model in one of these is there to stay."""
+
+
+def _standing(holding: Holding, look: Look) -> Standing:
     if holding.stage is Stage.RELEASING:
         return Standing.LEAVING
     if holding.asked is not None:
         return holding.asked
-    if look.ticket != holding.ticket:
+    if holding.ticket not in {look.ticket, look.stay}:
         return Standing.LEAVING
     match look.phase:
+        case Phase.READY | Phase.SLEEPING if look.terms.pinned:
+            return Standing.FIXED
+        case Phase.SLEEPING:
+            return Standing.IDLE
         case Phase.READY:
             return Standing.BUSY if look.leases else Standing.IDLE
         case Phase.DRAINING:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
 from paddock.errors import PaddockError, Reason
 from paddock_server.manager import failure as failures
-from paddock_server.manager.messages import StartFailed, WorkerDied, WorkerReady, WorkerReaped
+from paddock_server.manager.messages import (
+    StartFailed,
+    WorkerDied,
+    WorkerReady,
+    WorkerReaped,
+    WorkerSlept,
+)
 from paddock_server.manager.options import Options, effective_options
 from paddock_server.supervisor import WorkerSpec
 from paddock_server.worker.v1 import worker_pb2
@@ -71,6 +77,10 @@ class LiveWorker(Protocol):
         """Ask a question and wait for its answer. Raises `PaddockError`."""
         ...
 
+    def sleep(self) -> Coroutine[Any, Any, None]:
+        """Have the model freed and the process stay; `load` may be called again. Raises `PaddockError`."""
+        ...
+
     async def stop(self, *, grace_seconds: float, reason: str) -> WorkerExit:
         """End the worker. Idempotent and bounded."""
         ...
@@ -115,8 +125,9 @@ class RunPlan:
 class WorkerRun:
     """One worker. Tells the actor `Spawned`, `Progressed`*, then `WorkerReady` or `StartFailed`.
 
-    After `WorkerReady` comes `WorkerDied` if it dies. After `stop`, whenever that is, comes `WorkerReaped`;
-    what else is still on its way then has lost its meaning.
+    After `WorkerReady` comes `WorkerDied` if it dies. After `sleep` comes `WorkerSlept`, and after `wake` the
+    same as at first, but for `Spawned`. After `stop`, whenever that is, comes `WorkerReaped`; what else is
+    still on its way then has lost its meaning.
     """
 
     def __init__(
@@ -126,9 +137,10 @@ class WorkerRun:
         self._plan = plan
         self._tell = tell
         self.worker: LiveWorker | None = None
-        self._start_task = asyncio.create_task(self._start(), name=f"load-{plan.spec.load_id}")
-        self._start_task.add_done_callback(self._on_started)
+        self._start_task = self._begin(self._start())
+        self._sleep_task: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
+        self._served = False
 
     @property
     def death(self) -> WorkerDied | None:
@@ -138,16 +150,37 @@ class WorkerRun:
             return None
         return WorkerDied(self._plan.load_number, self._failure_of_exit(worker.exited))
 
+    def sleep(self) -> None:
+        """Have the worker give its memory back."""
+        self._sleep_task = asyncio.create_task(
+            self._live_worker().sleep(), name=f"sleep-{self._plan.spec.load_id}"
+        )
+        self._sleep_task.add_done_callback(self._on_slept)
+
+    def wake(self, plan: RunPlan) -> None:
+        """Have a worker that sleeps load again."""
+        self._plan = plan
+        self._start_task = self._begin(self._load(self._live_worker()))
+
     def stop(self, reason: str) -> None:
         """Stop the worker, whatever it is doing."""
         if self._stop_task is None:
             self._stop_task = asyncio.create_task(self._stop(reason), name=f"stop-{self._plan.spec.load_id}")
             self._stop_task.add_done_callback(self._on_stopped)
 
+    def _begin(self, work: Coroutine[Any, Any, worker_pb2.Ready]) -> asyncio.Task[worker_pb2.Ready]:
+        task = asyncio.create_task(work, name=f"load-{self._plan.spec.load_id}")
+        task.add_done_callback(self._on_started)
+        return task
+
     async def _start(self) -> worker_pb2.Ready:
         plan = self._plan
-        worker = self.worker = await self._launcher.start(plan.spec)
+        self.worker = await self._launcher.start(plan.spec)
         self._tell(Spawned(plan.load_number))
+        return await self._load(self.worker)
+
+    async def _load(self, worker: LiveWorker) -> worker_pb2.Ready:
+        plan = self._plan
         loaded = False
         try:
             ready = await worker.load(plan.frame, self._on_progress, size_bytes=plan.size_bytes)
@@ -167,7 +200,8 @@ class WorkerRun:
         error = task.exception()
         if error is None:
             self._tell(WorkerReady(number, effective_options(self._plan.options, task.result())))
-            if self.worker is not None:
+            if self.worker is not None and not self._served:
+                self._served = True
                 self.worker.exited.add_done_callback(self._on_exited)
             return
         if isinstance(error, PaddockError):
@@ -176,6 +210,21 @@ class WorkerRun:
             return
         log.error("load_bug", model=self._plan.spec.model_id, load_id=self._plan.spec.load_id, exc_info=error)
         self._tell(StartFailed(number, failures.internal(self._plan.spec.model_id)))
+
+    def _live_worker(self) -> LiveWorker:
+        if self.worker is None:
+            text = "this run has no worker yet"
+            raise RuntimeError(text)
+        return self.worker
+
+    def _on_slept(self, task: asyncio.Task[None]) -> None:
+        """Report that the worker sleeps. Of one that died instead, or was stopped, another message tells."""
+        error = None if task.cancelled() else task.exception()
+        if error is None and not task.cancelled():
+            self._tell(WorkerSlept(self._plan.load_number))
+        elif error is not None and not isinstance(error, PaddockError):
+            spec = self._plan.spec
+            log.error("sleep_bug", model=spec.model_id, load_id=spec.load_id, exc_info=error)
 
     def _on_exited(self, exited: asyncio.Future[WorkerExit]) -> None:
         if self._stop_task is None and not exited.cancelled():

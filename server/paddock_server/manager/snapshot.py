@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from paddock.v1 import model_pb2
+from paddock_server.manager.admission import device_bytes
+from paddock_server.manager.residency import Stage
 from paddock_server.manager.state import PUBLIC_STATES, Phase
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from paddock_server.catalog import CatalogEntry, ModelFacts
+    from paddock_server.manager.residency import Holding
     from paddock_server.manager.run import LiveWorker
     from paddock_server.manager.state import ActorState
 
@@ -23,6 +26,17 @@ class Times:
     loaded: float = 0.0
     last_use: float = 0.0
     failed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Now, by two clocks."""
+
+    epoch: float
+    """Seconds since the epoch."""
+
+    loop: float
+    """Seconds of the event loop's clock, which the state's times are of."""
 
 
 def public_state(state: ActorState) -> model_pb2.ModelState.ValueType:
@@ -40,19 +54,30 @@ def visible(state: ActorState) -> tuple[object, ...]:
         state.failure,
         state.restart_count,
         state.gone,
+        state.terms,
     )
 
 
 def model_proto(
-    entry: CatalogEntry, state: ActorState, worker: LiveWorker | None, times: Times, now: float
+    entry: CatalogEntry,
+    state: ActorState,
+    worker: LiveWorker | None,
+    times: Times,
+    held: Holding | None,
+    now: Clocks,
 ) -> model_pb2.Model:
-    """Return the model as `List` shows it. `now` is in seconds since the epoch."""
+    """Return the model as `List` shows it."""
     model = model_pb2.Model(
         id=entry.id,
         state=PUBLIC_STATES[state.phase],
         artifact_state=model_pb2.ARTIFACT_STATE_ABSENT if state.gone else model_pb2.ARTIFACT_STATE_DOWNLOADED,
         load_id=state.load_id,
         size_bytes=entry.size_bytes,
+        lease_count=state.leases,
+        waiting_request_count=len(state.waiters),
+        pinned=state.terms.pinned,
+        priority=state.terms.priority,
+        group=state.terms.group,
     )
     model.source.local.path = entry.relative_path
     if entry.facts is not None:
@@ -65,13 +90,32 @@ def model_proto(
         model.last_failure.CopyFrom(state.failure.to_proto(times.failed))
     if state.phase is Phase.READY:
         _set(model.load_time, times.loaded)
-        idle = state.options.idle_timeout_seconds
-        if idle > 0:
-            used = now if state.leases else max(times.last_use, times.loaded)
-            _set(model.expire_time, used + idle)
+        expire = _expire_time(state, times, now)
+        if expire is not None:
+            _set(model.expire_time, expire)
+    if held is not None:
+        model.memory.phase = _PHASES[held.stage]
+        model.memory.bytes.update(device_bytes(held.cost))
     if times.last_use:
         _set(model.last_use_time, times.last_use)
     return model
+
+
+def _expire_time(state: ActorState, times: Times, now: Clocks) -> float | None:
+    """Return when the model goes or falls asleep, if nobody uses it; None: it does not."""
+    options = state.options
+    bounds = [seconds for seconds in (options.idle_timeout_seconds, options.sleep_timeout_seconds) if seconds]
+    if not bounds or state.terms.pinned:
+        return None
+    used = now.epoch if state.leases else max(times.last_use, times.loaded)
+    return max(used + min(bounds), state.keep_until - now.loop + now.epoch)
+
+
+_PHASES: Final = {
+    Stage.RESERVED: model_pb2.MEMORY_PHASE_PREDICTED,
+    Stage.COMMITTED: model_pb2.MEMORY_PHASE_MEASURED,
+    Stage.RELEASING: model_pb2.MEMORY_PHASE_RELEASING,
+}
 
 
 def _worker(worker: LiveWorker, restart_count: int) -> model_pb2.Worker:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from paddock.v1 import model_pb2
 from paddock_server.manager.failure import Failure
 from paddock_server.manager.messages import Caller
-from paddock_server.manager.options import Options
+from paddock_server.manager.options import Options, Terms
 from paddock_server.supervisor import RestartPolicy
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ class Phase(StrEnum):
     BACKOFF = "backoff"
     """The worker died; the next one starts in a while."""
 
+    SUSPENDING = "suspending"
+    """The worker gives its memory back; no lease is granted."""
+
+    SLEEPING = "sleeping"
+    """The worker is there and holds no model. It loads again for the next request."""
+
     DRAINING = "draining"
     """Running requests end; no lease is granted."""
 
@@ -56,6 +62,7 @@ class Cause(StrEnum):
     YIELD = "yield"
     RELOAD = "reload"
     IDLE = "idle"
+    SLEEP = "sleep"
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
 
@@ -66,6 +73,8 @@ PUBLIC_STATES: Final[Mapping[Phase, model_pb2.ModelState.ValueType]] = {
     Phase.STARTING: model_pb2.MODEL_STATE_LOADING,
     Phase.READY: model_pb2.MODEL_STATE_LOADED,
     Phase.BACKOFF: model_pb2.MODEL_STATE_LOADING,
+    Phase.SUSPENDING: model_pb2.MODEL_STATE_UNLOADING,
+    Phase.SLEEPING: model_pb2.MODEL_STATE_SLEEPING,
     Phase.DRAINING: model_pb2.MODEL_STATE_UNLOADING,
     Phase.STOPPING: model_pb2.MODEL_STATE_UNLOADING,
     Phase.FAILED: model_pb2.MODEL_STATE_FAILED,
@@ -74,7 +83,7 @@ PUBLIC_STATES: Final[Mapping[Phase, model_pb2.ModelState.ValueType]] = {
 
 AT_REST: Final = frozenset({Phase.UNLOADED, Phase.FAILED})
 COMING_UP: Final = frozenset({Phase.ADMITTING, Phase.STARTING, Phase.BACKOFF})
-GOING_DOWN: Final = frozenset({Phase.DRAINING, Phase.STOPPING})
+GOING_DOWN: Final = frozenset({Phase.SUSPENDING, Phase.DRAINING, Phase.STOPPING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,9 @@ class Limits:
 
     waiters_max: int = 128
     drain_seconds: float = 30.0
+    suspend_seconds: float = 30.0
+    """How long a worker may take to give its memory back."""
+
     admission_timeout_seconds: float = 600.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     load_restart: RestartPolicy = field(default_factory=lambda: RestartPolicy(max_crash_count=2))
@@ -113,10 +125,21 @@ class ActorState:
 
     phase: Phase = Phase.UNLOADED
     ticket: int = 0
+    """Names the latest stay in memory, from asking for room."""
+
+    stay: int = 0
+    """The ticket under which room is held: an earlier one while a sleeping model waits for room to wake."""
+
     load_number: int = 0
+
+    asleep: int = 0
+    """Load that the sleeping worker had; 0 when none sleeps."""
 
     effective: Options | None = None
     """What its worker made of it; None until it is loaded."""
+
+    terms: Terms = field(default_factory=Terms)
+    """On what terms it stays in memory, once it is there."""
 
     remembered: Options | None = None
     """What the operator loaded the model with, and wants it back with."""
@@ -138,9 +161,15 @@ class ActorState:
     cause: Cause = Cause.UNLOAD
     """Why the model drains or stops; says nothing in other phases."""
 
+    keep_until: float = 0.0
+    """No idle time-out ends before: the latest that any request has asked for."""
+
     drain_until: float = NEVER
     unloads: tuple[Caller, ...] = ()
     """Callers of Unload, who are answered when the worker is gone."""
+
+    sleeps: tuple[Caller, ...] = ()
+    """Callers of Sleep, who are answered when the model sleeps, or will not."""
 
     aborted: int = 0
     """Requests the stop under way has aborted."""

@@ -1,11 +1,13 @@
 """The state machine of a model: (state, event) -> (state, effects). Pure.
 
     UNLOADED, FAILED -> ADMITTING -> STARTING -> READY -> DRAINING -> STOPPING -> UNLOADED
-                            |          |  ^        |                     ^  |
-                            |          v  |        |                     |  +-> FAILED (it took too long)
-                            +-> rest  BACKOFF <----+ (the worker died)   |
-                                       |                                 |
-                                       +-> FAILED          an Unload of STARTING goes there too
+                          ^ |          |  ^        |                     ^  |
+                          | |          v  |        |                     |  +-> FAILED (it took too long)
+                          | +-> rest  BACKOFF <----+ (the worker died)   |
+                          |            |           |                     |
+                          |            +-> FAILED  |       an Unload of STARTING goes there too
+                          |                        v
+                          +-------- SLEEPING <- SUSPENDING
 
 Every event is answered in every phase; one that comes too late changes nothing.
 """
@@ -22,6 +24,8 @@ from paddock_server.manager.messages import (
     AcquireAsked,
     AdmissionRefused,
     Admitted,
+    AnswerSleep,
+    Asleep,
     CallerLeft,
     ClearTimers,
     CloseAsked,
@@ -34,21 +38,26 @@ from paddock_server.manager.messages import (
     FileFound,
     FileGone,
     LeaseReturned,
+    Leave,
     LoadAsked,
     LookAgain,
     Resume,
     Resumed,
     SetTimer,
+    SleepAsked,
     StartFailed,
     StartWorker,
+    TermsSet,
     Timer,
     TimerFired,
     UnloadAsked,
     Vanish,
+    WakeWorker,
     WarnLoad,
     WorkerDied,
     WorkerReady,
     WorkerReaped,
+    WorkerSlept,
 )
 from paddock_server.manager.state import (
     AT_REST,
@@ -56,7 +65,7 @@ from paddock_server.manager.state import (
     Cause,
     Phase,
 )
-from paddock_server.manager.turn import Turn
+from paddock_server.manager.turn import IDLE_TIMERS, Turn
 
 if TYPE_CHECKING:
     from paddock_server.manager.messages import Effect, Event
@@ -85,8 +94,9 @@ def _admitted(turn: Turn, event: Admitted) -> None:
     state = turn.state
     if state.phase is not Phase.ADMITTING or event.ticket != state.ticket:
         return  # Whoever withdrew has left already, so the room is not lost.
-    turn.to(Phase.STARTING, "admitted")
-    turn.do(ClearTimers((Timer.ADMISSION,)), StartWorker(state.load_number, state.options))
+    turn.to(Phase.STARTING, "admitted", stay=state.ticket, asleep=0)
+    start = WakeWorker if state.asleep else StartWorker
+    turn.do(ClearTimers((Timer.ADMISSION,)), start(state.load_number, state.options))
 
 
 def _admission_refused(turn: Turn, event: AdmissionRefused) -> None:
@@ -98,12 +108,16 @@ def _admission_refused(turn: Turn, event: AdmissionRefused) -> None:
         return
     # Nothing is wrong with this model: the next request may find a place.
     turn.call_off(event.failure)
-    turn.rest(Phase.UNLOADED, event.failure.reason)
+    turn.withdraw(Phase.UNLOADED, event.failure.reason)
 
 
 def _evict_asked(turn: Turn, event: EvictAsked) -> None:
     state = turn.state
-    if state.phase is not Phase.READY or event.ticket != state.ticket:
+    if state.terms.pinned:
+        turn.do(EvictionRefused(event.ticket))
+    elif state.phase is Phase.SLEEPING and event.ticket == state.stay:
+        turn.stop(Cause.EVICTION)
+    elif state.phase is not Phase.READY or event.ticket != state.stay:
         turn.do(EvictionRefused(event.ticket))
     elif state.leases == 0:
         turn.stop(Cause.EVICTION)
@@ -117,6 +131,25 @@ def _eviction_relented(turn: Turn, event: EvictionRelented) -> None:
     state = turn.state
     if state.phase is not Phase.DRAINING or state.cause is not Cause.YIELD or event.ticket != state.ticket:
         return
+    _stay_after_all(turn)
+
+
+def _terms_set(turn: Turn, event: TermsSet) -> None:
+    turn.set(terms=event.terms)
+    state = turn.state
+    if event.terms.pinned and state.phase is Phase.DRAINING and state.cause is Cause.YIELD:
+        turn.do(EvictionRefused(state.stay))
+        _stay_after_all(turn)
+    elif state.phase is Phase.READY and state.leases == 0:
+        turn.do(ClearTimers(IDLE_TIMERS))
+        turn.idle()
+    else:
+        turn.do(LookAgain())
+
+
+def _stay_after_all(turn: Turn) -> None:
+    """Serve on instead of yielding to another model."""
+    state = turn.state
     if state.next_load is not None and state.next_load.options != state.options:
         # The model is to be loaded anew anyway.
         turn.drain_no_longer_than(Cause.RELOAD, turn.limits.drain_seconds)
@@ -177,22 +210,47 @@ def _start_failed(turn: Turn, event: StartFailed) -> None:
 
 def _worker_died(turn: Turn, event: WorkerDied) -> None:
     state = turn.state
+    if state.asleep and event.load_number == state.asleep:
+        _sleeper_died(turn, event)
+        return
     if event.load_number != state.load_number:
         return
-    if state.phase is Phase.DRAINING:
+    if state.phase in {Phase.DRAINING, Phase.SUSPENDING}:
         turn.set(failure=event.failure)
         turn.rest(Phase.UNLOADED, event.failure.reason)
     elif state.phase is Phase.READY:
         turn.set(
             leases=0, load_number=state.load_number + 1, effective=None, restarting=True, begun_at=turn.now
         )
-        turn.do(ClearTimers((Timer.IDLE,)))
+        turn.do(ClearTimers(IDLE_TIMERS))
         served_seconds = turn.now - state.ready_at
         _restart(
             turn,
             event.failure,
             turn.limits.restart.after_crash(state.crash_count, served_seconds=served_seconds),
         )
+
+
+def _sleeper_died(turn: Turn, event: WorkerDied) -> None:
+    """A sleeping worker is no loss: the next load starts another."""
+    state = turn.state
+    if state.phase is Phase.SLEEPING:
+        turn.set(failure=event.failure)
+        turn.rest(Phase.UNLOADED, event.failure.reason)
+    elif state.phase is Phase.ADMITTING:
+        turn.set(asleep=0)
+        turn.do(Leave(state.stay))
+
+
+def _worker_slept(turn: Turn, event: WorkerSlept) -> None:
+    state = turn.state
+    if state.phase is not Phase.SUSPENDING or event.load_number != state.load_number:
+        return
+    turn.to(Phase.SLEEPING, "memory_given_back", asleep=state.load_number, sleeps=(), explicit=False)
+    turn.do(ClearTimers((Timer.SUSPEND,)), Asleep(state.stay))
+    if state.sleeps:
+        turn.do(AnswerSleep(state.sleeps))
+    turn.do(Resume())
 
 
 def _restart(turn: Turn, failure: Any, restart: Any) -> None:
@@ -207,7 +265,7 @@ def _restart(turn: Turn, failure: Any, restart: Any) -> None:
 
 def _worker_reaped(turn: Turn, event: WorkerReaped) -> None:
     state = turn.state
-    if state.phase is not Phase.STOPPING or event.load_number != state.load_number:
+    if state.phase is not Phase.STOPPING or event.load_number not in {state.load_number, state.asleep}:
         return
     turn.rest(Phase.FAILED if state.cause is Cause.TIMEOUT else Phase.UNLOADED, "stopped")
 
@@ -228,6 +286,12 @@ def _timer_fired(turn: Turn, event: TimerFired) -> None:
             turn.abort_leases(state.cause)
         case Timer.IDLE, Phase.READY if state.leases == 0:
             turn.stop(Cause.IDLE)
+        case Timer.IDLE, Phase.SUSPENDING | Phase.SLEEPING:
+            turn.stop(Cause.IDLE)
+        case Timer.SLEEP, Phase.READY if state.leases == 0:
+            turn.suspend()
+        case Timer.SUSPEND, Phase.SUSPENDING:
+            turn.stop(Cause.SLEEP)
         case _:
             pass
 
@@ -239,7 +303,7 @@ def _file_found(turn: Turn, event: FileFound) -> None:
 def _file_gone(turn: Turn, event: FileGone) -> None:
     del event
     turn.set(gone=True)
-    if turn.state.phase in AT_REST:
+    if turn.state.phase in AT_REST or turn.state.phase is Phase.SLEEPING:
         turn.do(Resume())
 
 
@@ -257,7 +321,7 @@ def _close_asked(turn: Turn, event: CloseAsked) -> None:
     turn.call_off(failures.shutting_down())
     if phase is Phase.DRAINING:
         turn.drain_no_longer_than(Cause.SHUTDOWN, event.drain_seconds)
-    elif phase is Phase.STARTING:
+    elif phase in {Phase.STARTING, Phase.SUSPENDING, Phase.SLEEPING} or turn.state.asleep:
         turn.stop(Cause.SHUTDOWN)
     elif phase is not Phase.STOPPING:
         turn.rest(Phase.UNLOADED, Cause.SHUTDOWN)
@@ -266,7 +330,10 @@ def _close_asked(turn: Turn, event: CloseAsked) -> None:
 def _resumed(turn: Turn, event: Resumed) -> None:
     del event
     state = turn.state
-    if state.phase not in AT_REST:
+    if state.phase is Phase.SLEEPING and state.gone:
+        turn.stop(Cause.UNLOAD)
+        return
+    if state.phase not in AT_REST and state.phase is not Phase.SLEEPING:
         return
     if state.closing:
         turn.do(Closed())
@@ -288,6 +355,8 @@ _HANDLERS: Final[dict[type[Event], Callable[[Turn, Any], None]]] = {
     AcquireAsked: asking.acquire_asked,
     CallerLeft: asking.caller_left,
     LeaseReturned: asking.lease_returned,
+    SleepAsked: asking.sleep_asked,
+    TermsSet: _terms_set,
     UnloadAsked: asking.unload_asked,
     Admitted: _admitted,
     AdmissionRefused: _admission_refused,
@@ -295,6 +364,7 @@ _HANDLERS: Final[dict[type[Event], Callable[[Turn, Any], None]]] = {
     EvictionRelented: _eviction_relented,
     WorkerReady: _worker_ready,
     StartFailed: _start_failed,
+    WorkerSlept: _worker_slept,
     WorkerDied: _worker_died,
     WorkerReaped: _worker_reaped,
     TimerFired: _timer_fired,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from paddock.errors import Reason
 from paddock_server.manager import failure as failures
 from paddock_server.manager.messages import (
+    AnswerSleep,
     AnswerUnload,
     ClearTimers,
     EndLoad,
@@ -19,6 +20,7 @@ from paddock_server.manager.messages import (
     Resume,
     SetTimer,
     StopWorker,
+    SuspendWorker,
     Timer,
 )
 from paddock_server.manager.state import NEVER, Cause, NextLoad, Phase
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from paddock_server.manager.state import ActorState, Limits
 
 _ALL_TIMERS: Final = tuple(Timer)
+IDLE_TIMERS: Final = (Timer.IDLE, Timer.SLEEP)
+"""Run while a loaded model has no lease."""
 
 
 class Turn:
@@ -60,6 +64,7 @@ class Turn:
         self.to(
             Phase.ADMITTING,
             why,
+            keep_until=0.0,
             ticket=state.ticket + 1,
             load_number=state.load_number + 1,
             options=load.options,
@@ -71,6 +76,10 @@ class Turn:
             restarting=False,
             restart_count=0,
         )
+        if state.asleep:
+            self.do(ClearTimers(IDLE_TIMERS))
+        else:
+            self.set(stay=0)
         if load.explicit:
             self.set(crash_count=0, held_until=0.0)
         if state.problem is not None:
@@ -84,10 +93,26 @@ class Turn:
 
     def idle(self) -> None:
         """Note that a loaded model has no lease left."""
-        options = self.state.options
-        if options.idle_timeout_seconds > 0:
-            self.do(SetTimer(Timer.IDLE, options.idle_timeout_seconds))
+        state = self.state
+        least = state.keep_until - self.now
+        options = state.options
+        times = (
+            (Timer.IDLE, options.idle_timeout_seconds),
+            (Timer.SLEEP, options.sleep_timeout_seconds),
+        )
+        for timer, seconds in times:
+            if seconds > 0 and not state.terms.pinned:
+                self.do(SetTimer(timer, max(seconds, least)))
         self.do(LookAgain())
+
+    def suspend(self) -> None:
+        """Have the worker give its memory back."""
+        self.to(Phase.SUSPENDING, Cause.SLEEP)
+        self.do(
+            ClearTimers((Timer.SLEEP,)),
+            SetTimer(Timer.SUSPEND, self.limits.suspend_seconds),
+            SuspendWorker(self.state.load_number),
+        )
 
     def drain(self, cause: Cause, seconds: float) -> None:
         """Let the running requests end, then stop. With `NEVER` they may take as long as they like."""
@@ -95,7 +120,7 @@ class Turn:
             self.stop(cause)
             return
         self.to(Phase.DRAINING, cause, cause=cause, drain_until=self.now + seconds)
-        self.do(ClearTimers((Timer.IDLE,)))
+        self.do(ClearTimers(IDLE_TIMERS))
         if seconds != NEVER:
             self.do(SetTimer(Timer.DRAIN, seconds))
 
@@ -113,21 +138,49 @@ class Turn:
 
     def stop(self, cause: Cause) -> None:
         """Stop the worker. From here on nothing brings this load back."""
+        waits = self.state.phase is Phase.ADMITTING
         self.to(Phase.STOPPING, cause, cause=cause, drain_until=NEVER)
         reason = Reason.SHUTTING_DOWN if self.state.closing else Reason.MODEL_UNLOADED
         self.do(
             ClearTimers(_ALL_TIMERS),
-            Releasing(self.state.ticket),
+            Releasing(self.state.stay),
             StopWorker(self.state.load_number, reason),
         )
+        if waits:
+            self.do(Leave(self.state.ticket))
 
     def rest(self, phase: Phase, why: str) -> None:
         """Come to rest: no worker, no reservation. Then see who wants the model next."""
         state = self.state
-        self.to(phase, why, leases=0, unloads=(), aborted=0, drain_until=NEVER, explicit=False)
-        self.do(ClearTimers(_ALL_TIMERS), Leave(state.ticket))
+        self.to(
+            phase,
+            why,
+            leases=0,
+            unloads=(),
+            sleeps=(),
+            aborted=0,
+            drain_until=NEVER,
+            explicit=False,
+            asleep=0,
+            stay=0,
+        )
+        self.do(ClearTimers(_ALL_TIMERS), Leave(state.stay or state.ticket))
         if state.unloads:
             self.do(AnswerUnload(state.unloads, state.aborted))
+        if state.sleeps:
+            self.do(AnswerSleep(state.sleeps))
+        self.do(Resume())
+
+    def withdraw(self, phase: Phase, why: str) -> None:
+        """Come to rest without having got room. A worker that sleeps goes on sleeping."""
+        if not self.state.asleep:
+            self.rest(phase, why)
+            return
+        self.to(Phase.SLEEPING, why, explicit=False)
+        self.do(ClearTimers(_ALL_TIMERS), Leave(self.state.ticket))
+        idle = self.state.options.idle_timeout_seconds
+        if idle > 0 and not self.state.terms.pinned:
+            self.do(SetTimer(Timer.IDLE, idle))
         self.do(Resume())
 
     def fail(self, failure: Failure) -> None:
@@ -135,7 +188,7 @@ class Turn:
         self.hold(failure)
         self.do(EndLoad(failure))
         self.refuse_waiters(self.state.refusal(self.now) or failure)
-        self.rest(Phase.FAILED, failure.reason)
+        self.withdraw(Phase.FAILED, failure.reason)
 
     def hold(self, failure: Failure) -> None:
         """Keep a failure, and requests off until trying again makes sense."""

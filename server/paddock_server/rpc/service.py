@@ -54,6 +54,18 @@ class ModelManagerService:
         structlog.contextvars.bind_contextvars(model=request.model)
         return await self._manager.unload(request)
 
+    async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
+        """See `ModelManagerApi.sleep`."""
+        validate.model_name(request.model)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await self._manager.sleep(request)
+
+    async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
+        """See `ModelManagerApi.pin`."""
+        validate.model_name(request.model)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await self._manager.pin(request)
+
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """See `ModelManagerApi.list`."""
         validate.list_models(request)
@@ -77,7 +89,9 @@ class ModelManagerService:
         generation_id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(model=request.model, generation_id=generation_id)
         begin = time.monotonic()
-        lease = await self._manager.acquire(request.model, request.autoload_policy)
+        lease = await self._manager.acquire(
+            request.model, request.autoload_policy, _seconds(request.keep_alive)
+        )
         async with lease, lease.worker.generate(request) as generation:
             structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
             waiting_for_text = True
@@ -93,7 +107,8 @@ class ModelManagerService:
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """See `ModelManagerApi.embed`."""
         validate.embed(request)
-        async with await self._lease(request.model, request.autoload_policy) as lease:
+        keep_alive = _seconds(request.keep_alive)
+        async with await self._lease(request.model, request.autoload_policy, keep_alive) as lease:
             reply = await lease.worker.call(worker_pb2.Call(embed=request))
         structlog.contextvars.bind_contextvars(prompt_tokens=reply.embed.usage.prompt_tokens)
         return reply.embed
@@ -147,9 +162,11 @@ class ModelManagerService:
             features=FEATURES,
         )
 
-    async def _lease(self, model: str, autoload_policy: pb.AutoloadPolicy.ValueType) -> Lease:
+    async def _lease(
+        self, model: str, autoload_policy: pb.AutoloadPolicy.ValueType, keep_alive_seconds: float = 0.0
+    ) -> Lease:
         structlog.contextvars.bind_contextvars(model=model)
-        lease = await self._manager.acquire(model, autoload_policy)
+        lease = await self._manager.acquire(model, autoload_policy, keep_alive_seconds)
         structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
         return lease
 
@@ -186,6 +203,10 @@ def _responses(
         )
         responses.append(pb.GenerateResponse(generated=generated))
     return responses
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
 
 
 def _milliseconds(duration: Duration) -> float:

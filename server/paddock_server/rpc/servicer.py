@@ -33,6 +33,14 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Unload a model."""
         return await self._service.unload(request)
 
+    async def Sleep(self, request: pb.SleepRequest, context: Any) -> pb.SleepResponse:
+        """Have a model give its memory back."""
+        return await self._service.sleep(request)
+
+    async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinResponse:
+        """Pin a model."""
+        return await self._service.pin(request)
+
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
         """List models."""
         return await self._service.list(request)

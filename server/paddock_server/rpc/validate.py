@@ -32,6 +32,7 @@ MAX_PAGE_SIZE: Final = 1000
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_TOOLS: Final = 256
 MAX_JSON_CHARACTERS: Final = 256 * 1024
+MAX_KEEP_ALIVE_SECONDS: Final = 30 * 24 * 3600
 MAX_TOKEN_ID: Final = 2**31 - 1
 TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -99,6 +100,7 @@ def generate(request: pb.GenerateRequest) -> None:
         raise InvalidFieldError.of(msg, f"must be 0 to {MAX_TOP_LOGPROBS}")
     if request.HasField("constraint"):
         _constraint(request.constraint)
+    _keep_alive(request.keep_alive)
 
 
 def generation_command(command: pb.GenerationCommand, last_number: int) -> None:
@@ -132,6 +134,7 @@ def generation_command(command: pb.GenerationCommand, last_number: int) -> None:
 def embed(request: pb.EmbedRequest) -> None:
     """Check an `EmbedRequest`."""
     model_name(request.model)
+    _keep_alive(request.keep_alive)
     _known_enum("autoload_policy", request.autoload_policy, pb.AutoloadPolicy.values())
     if not 1 <= len(request.texts) <= MAX_EMBED_TEXTS:
         msg = "texts"
@@ -270,6 +273,16 @@ def _known_enum(field: str, value: int, known: Sequence[int], *, unspecified: bo
 def _positive_duration(field: str, duration: Duration) -> None:
     if duration.ToNanoseconds() <= 0:
         raise InvalidFieldError.of(field, "must be more than zero")
+
+
+def _keep_alive(duration: Duration) -> None:
+    """Check how long a request wants its model kept; unset is 0."""
+    if not 0 <= duration.seconds + duration.nanos / 1e9 <= MAX_KEEP_ALIVE_SECONDS:
+        msg = "keep_alive"
+        raise InvalidFieldError.of(
+            msg,
+            f"must be from 0 to {MAX_KEEP_ALIVE_SECONDS} seconds; 0 leaves the idle time-outs as they are",
+        )
 
 
 def _token_ids(field: str, token_ids: Iterable[int]) -> None:

@@ -54,6 +54,7 @@ class Connection(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._transport: asyncio.Transport | None = None
         self._load: LoadInbox | None = None
+        self._slept: asyncio.Future[None] | None = None
         self._generations: dict[int, Generation] = {}
         self._calls: dict[int, asyncio.Future[worker_pb2.Reply]] = {}
         self._last_number = 0
@@ -102,7 +103,7 @@ class Connection(asyncio.Protocol):
     def start_load(self, request: worker_pb2.Load) -> LoadInbox:
         """Send the load and return where its news arrive."""
         if self._load is not None:
-            text = "a worker loads once"
+            text = "a worker loads once, and again after it has slept"
             raise RuntimeError(text)
         self._load = LoadInbox(self._model_id)
         if self._refusal is not None:
@@ -116,6 +117,14 @@ class Connection(asyncio.Protocol):
             self._load.aborted = True
             self._load.changed.set()
             self.send(worker_pb2.ServerFrame(abort_load=worker_pb2.AbortLoad()))
+
+    async def sleep(self) -> None:
+        """Have the worker free its model, and wait until it has. Raises `PaddockError`."""
+        if self._refusal is not None:
+            raise self._refusal()
+        self._slept = self._loop.create_future()
+        self.send(worker_pb2.ServerFrame(sleep=worker_pb2.Sleep()))
+        await self._slept
 
     def start_generation(self, generation: Generation) -> int:
         """Send a generation's request and return its number. Raises `PaddockError`."""
@@ -158,7 +167,7 @@ class Connection(asyncio.Protocol):
         for generation in self._generations.values():
             generation.fail(make())
         self._generations.clear()
-        for future in self._calls.values():
+        for future in (*self._calls.values(), *([self._slept] if self._slept is not None else ())):
             if not future.done():
                 future.set_exception(make())
         self._calls.clear()
@@ -191,6 +200,8 @@ class Connection(asyncio.Protocol):
                 self._on_loaded(kind, frame.ready)
             case "load_failed":
                 self._on_loaded(kind, error_of_failure(frame.load_failed, model_id=self._model_id))
+            case "slept":
+                self._on_slept()
             case "hello":
                 self._on_hello(frame.hello)
 
@@ -213,6 +224,13 @@ class Connection(asyncio.Protocol):
         inbox = self._loading(kind)
         inbox.answered = True
         inbox.end(outcome)
+
+    def _on_slept(self) -> None:
+        if self._slept is None or self._slept.done():
+            text = "it fell asleep by itself"
+            raise ProtocolError(text)
+        self._load = None
+        self._slept.set_result(None)
 
     def _on_update(self, update: worker_pb2.GenerationUpdate) -> None:
         number = update.generation

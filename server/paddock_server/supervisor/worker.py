@@ -99,7 +99,8 @@ class Worker:
         *,
         size_bytes: int,
     ) -> worker_pb2.Ready:
-        """Load the model; to be called once, first. `on_progress` is called in the caller's task.
+        """Load the model; to be called first, and again after `sleep`. `on_progress` is called in the
+        caller's task.
 
         Time-outs count from the last progress; how long the whole may take grows with `size_bytes`, the size
         of all of the model's files. When it raises, the process has ended; except when cancelled, which
@@ -124,6 +125,14 @@ class Worker:
                 self.kill("its load stalled")
                 await asyncio.wait({self.exited}, timeout=self._timeouts.kill)
             raise
+
+    async def sleep(self) -> None:
+        """Have the worker free its model and everything that belongs to it; nothing may run on it.
+
+        Raises:
+            PaddockError: WORKER_CRASHED; the reason given to `stop`.
+        """
+        await self._connection.sleep()
 
     def abort_load(self) -> None:
         """Have the load in progress given up: `load` raises LOAD_ABORTED. Without one, nothing happens."""

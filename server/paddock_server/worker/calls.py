@@ -22,6 +22,7 @@ class WaitingCalls:
         self._waiting: dict[int, worker_pb2.Call] = {}  # in the order they came
         self._current: int | None = None
         self._current_cancelled = False
+        self._closed = False
 
     def __len__(self) -> int:
         """Calls that wait, without the one being answered."""
@@ -33,13 +34,21 @@ class WaitingCalls:
             self._waiting[call.call] = call
             self._changed.notify()
 
-    def take(self) -> worker_pb2.Call:
-        """Return the call that has waited longest, which is being answered from now on.
+    def close(self) -> None:
+        """Have `take` return None from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def take(self) -> worker_pb2.Call | None:
+        """Return the call that has waited longest, which is being answered from now on; None after `close`.
 
         Waits for one without a bound: a worker without calls is idle for as long as it lives.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
             self._current = next(iter(self._waiting))
             self._current_cancelled = False
             return self._waiting.pop(self._current)

@@ -61,7 +61,12 @@ class CancelCallCommand:
     call: int
 
 
-Command = PreparedGeneration | CancelCommand | EmbedJob | CancelCallCommand
+@dataclass(frozen=True, slots=True)
+class SleepCommand:
+    """Have `Engine.run` return."""
+
+
+Command = PreparedGeneration | CancelCommand | EmbedJob | CancelCallCommand | SleepCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ class Engine:
         self._flight_lock = threading.Lock()
         self._in_flight: set[int] = set()
         self._step_watch = Stopwatch()
+        self._put_to_sleep = False
         self._steps = 0
         self._stats = Stats()
         self._stats_at = 0.0
@@ -149,8 +155,8 @@ class Engine:
     # The engine's thread.
 
     def run(self) -> None:
-        """Serve for ever. Returns only by an exception, which is a bug."""
-        while True:
+        """Serve until a `SleepCommand`."""
+        while not self._put_to_sleep:
             self._take_commands(wait=self.idle)
             self.step()
 
@@ -202,6 +208,8 @@ class Engine:
             self.submit(command)
         elif isinstance(command, EmbedJob):
             self._queue_embedding(command)
+        elif isinstance(command, SleepCommand):
+            self._put_to_sleep = True
         elif isinstance(command, CancelCallCommand):
             self._embed_jobs = deque(job for job in self._embed_jobs if job.call != command.call)
         else:

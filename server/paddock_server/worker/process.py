@@ -1,7 +1,7 @@
 """The worker's threads and what each may do.
 
 main      reads frames and hands them on; stays interruptible, so that SIGTERM ends the process at once
-engine    loads the model, then computes: `schedule -> decode -> sample -> publish`
+engine    loads the model, then computes: `schedule -> decode -> sample -> publish`; frees it to sleep
 prepare   renders and tokenizes requests to generate, in the order they came
 answer    tokenizes for everyone else, so that a long text holds up no generation
 heartbeat says every two seconds that the process lives, also while everything else computes
@@ -9,6 +9,8 @@ heartbeat says every two seconds that the process lives, also while everything e
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import queue
 import signal
 import threading
@@ -16,7 +18,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from paddock_server.worker.calls import WaitingCalls
-from paddock_server.worker.engine import CancelCallCommand, CancelCommand, Engine
+from paddock_server.worker.engine import CancelCallCommand, CancelCommand, Engine, SleepCommand
 from paddock_server.worker.errors import Reason, WorkerError
 from paddock_server.worker.loading import load_model
 from paddock_server.worker.requests import Preparer
@@ -59,13 +61,15 @@ class WorkerProcess:
         self._connection = connection
         self._log = log
         self._exit = exit_process
-        self._load_request: worker_pb2.Load | None = None
+        self._loads: queue.SimpleQueue[worker_pb2.Load] = queue.SimpleQueue()
+        self._load_allowed = True
         self._load_abort = threading.Event()
         self._engine: Engine | None = None
         self._preparer: Preparer | None = None
         self._cells = 0
         self._most_waiting = 0
-        self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int] = queue.SimpleQueue()
+        self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int | None] = queue.SimpleQueue()
+        """Requests to prepare, cancels behind them, and None as the last."""
         self._preparing: set[int] = set()
         self._preparation_watch = Stopwatch()
         self._calls = WaitingCalls()
@@ -78,6 +82,7 @@ class WorkerProcess:
             FrameError: The same, in the framing.
         """
         _start_thread("heartbeat", self._beat)
+        _start_thread("engine", self._run_engine)
         for frame in self._connection.receive():
             self._dispatch(frame)
 
@@ -91,9 +96,12 @@ class WorkerProcess:
             self._call(frame.call)
         elif kind == "cancel_call":
             self._cancel_call(frame.cancel_call.call)
-        elif kind == "load" and self._load_request is None:
-            self._load_request = frame.load
-            _start_thread("engine", self._load_and_compute)
+        elif kind == "load" and self._load_allowed:
+            self._load_allowed = False
+            self._loads.put(frame.load)
+        elif kind == "sleep" and self._engine is not None:
+            self._load_allowed = True
+            self._engine.post(SleepCommand())
         elif kind == "abort_load":
             self._load_abort.set()
         elif kind == "shutdown":
@@ -129,9 +137,14 @@ class WorkerProcess:
         if not self._calls.cancel(number) and self._engine is not None:
             self._engine.post(CancelCallCommand(number))
 
-    def _load_and_compute(self) -> None:
+    def _run_engine(self) -> None:
         """Body of the engine thread."""
-        request = self._load_request or worker_pb2.Load()
+        while True:
+            self._load_and_compute(self._loads.get())
+            self._connection.send(worker_pb2.WorkerFrame(slept=worker_pb2.Slept()))
+
+    def _load_and_compute(self, request: worker_pb2.Load) -> None:
+        """Load, serve until the model is put to sleep, and free everything."""
         try:
             loaded = load_model(
                 request, log=self._log, report=self._report_progress, aborted=self._load_abort.is_set
@@ -140,17 +153,29 @@ class WorkerProcess:
             self._connection.send(worker_pb2.WorkerFrame(load_failed=error.to_failure()))
             self._exit(0)
             return
-        self._preparer = Preparer(loaded)
-        self._cells = loaded.context_size
-        self._most_waiting = loaded.slot_count + loaded.queue_limit
-        engine = self._engine = Engine(loaded, send=self._connection.send)
-        ready = loaded.to_ready(has_chat_template=self._preparer.has_chat_template)
-        self._connection.send(worker_pb2.WorkerFrame(ready=ready))
-        threading.stack_size(TOKENIZER_STACK_BYTES)
-        _start_thread("prepare", self._prepare, engine, self._preparer)
-        _start_thread("answer", self._answer, engine, self._preparer)
-        threading.stack_size(0)
-        engine.run()
+        with loaded:
+            preparer = self._preparer = Preparer(loaded)
+            self._cells = loaded.context_size
+            self._most_waiting = loaded.slot_count + loaded.queue_limit
+            engine = self._engine = Engine(loaded, send=self._connection.send)
+            ready = loaded.to_ready(has_chat_template=preparer.has_chat_template)
+            self._connection.send(worker_pb2.WorkerFrame(ready=ready))
+            threading.stack_size(TOKENIZER_STACK_BYTES)
+            helpers = (
+                _start_thread("prepare", self._prepare, engine, preparer),
+                _start_thread("answer", self._answer, engine, preparer),
+            )
+            threading.stack_size(0)
+            engine.run()
+            # Nothing runs any more, so both threads wait for work and leave at once.
+            self._starts.put(None)
+            self._calls.close()
+            for helper in helpers:
+                helper.join()
+            self._engine = self._preparer = None
+            self._calls = WaitingCalls()
+            engine.close()
+        give_memory_back()
 
     def _report_progress(self, stage: worker_pb2.LoadStage.ValueType, fraction: float) -> None:
         progress = worker_pb2.LoadProgress(stage=stage, fraction=fraction)
@@ -160,6 +185,8 @@ class WorkerProcess:
         """Body of the prepare thread."""
         while True:
             item = self._starts.get()
+            if item is None:
+                return
             if isinstance(item, int):
                 engine.post(CancelCommand(item))
                 continue
@@ -178,6 +205,8 @@ class WorkerProcess:
         """Body of the answer thread."""
         while True:
             call = self._calls.take()
+            if call is None:
+                return
             try:
                 if call.HasField("embed"):
                     engine.post(preparer.embedding(call.call, call.embed))
@@ -229,8 +258,18 @@ def _checked(reply: worker_pb2.Reply) -> worker_pb2.Reply:
     return reply
 
 
-def _start_thread(name: str, target: Callable[..., None], *args: object) -> None:
+def _start_thread(name: str, target: Callable[..., None], *args: object) -> threading.Thread:
     """Start a thread that never takes SIGTERM: it must interrupt the main thread, which handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=target, args=args, name=name, daemon=True).start()
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return thread
+
+
+def give_memory_back() -> None:
+    """Return what the C library keeps for later to the system, where it can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -36,9 +36,9 @@ const (
 	ModelState_MODEL_STATE_LOADING ModelState = 2
 	// Serving requests.
 	ModelState_MODEL_STATE_LOADED ModelState = 3
-	// Worker alive, accelerator memory released. The next request wakes it.
+	// Worker alive, memory given back. The next request wakes it.
 	ModelState_MODEL_STATE_SLEEPING ModelState = 4
-	// Draining or stopping. Becomes `UNLOADED`.
+	// Draining, stopping or falling asleep. Becomes `UNLOADED` or `SLEEPING`.
 	ModelState_MODEL_STATE_UNLOADING ModelState = 5
 	// The load failed, or the worker died more often than the restart policy
 	// allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
@@ -95,6 +95,63 @@ func (ModelState) EnumDescriptor() ([]byte, []int) {
 	return file_paddock_v1_model_proto_rawDescGZIP(), []int{0}
 }
 
+// What the figures in a memory charge are.
+type MemoryPhase int32
+
+const (
+	// Never sent.
+	MemoryPhase_MEMORY_PHASE_UNSPECIFIED MemoryPhase = 0
+	// Predicted from the file and the options; the load is running.
+	MemoryPhase_MEMORY_PHASE_PREDICTED MemoryPhase = 1
+	// Measured; the model is loaded or asleep.
+	MemoryPhase_MEMORY_PHASE_MEASURED MemoryPhase = 2
+	// The worker is being stopped; the memory is not free yet.
+	MemoryPhase_MEMORY_PHASE_RELEASING MemoryPhase = 3
+)
+
+// Enum value maps for MemoryPhase.
+var (
+	MemoryPhase_name = map[int32]string{
+		0: "MEMORY_PHASE_UNSPECIFIED",
+		1: "MEMORY_PHASE_PREDICTED",
+		2: "MEMORY_PHASE_MEASURED",
+		3: "MEMORY_PHASE_RELEASING",
+	}
+	MemoryPhase_value = map[string]int32{
+		"MEMORY_PHASE_UNSPECIFIED": 0,
+		"MEMORY_PHASE_PREDICTED":   1,
+		"MEMORY_PHASE_MEASURED":    2,
+		"MEMORY_PHASE_RELEASING":   3,
+	}
+)
+
+func (x MemoryPhase) Enum() *MemoryPhase {
+	p := new(MemoryPhase)
+	*p = x
+	return p
+}
+
+func (x MemoryPhase) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemoryPhase) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_proto_enumTypes[1].Descriptor()
+}
+
+func (MemoryPhase) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_proto_enumTypes[1]
+}
+
+func (x MemoryPhase) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemoryPhase.Descriptor instead.
+func (MemoryPhase) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+}
+
 // Lifecycle of the model files on local disk.
 type ArtifactState int32
 
@@ -136,11 +193,11 @@ func (x ArtifactState) String() string {
 }
 
 func (ArtifactState) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_proto_enumTypes[1].Descriptor()
+	return file_paddock_v1_model_proto_enumTypes[2].Descriptor()
 }
 
 func (ArtifactState) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_proto_enumTypes[1]
+	return &file_paddock_v1_model_proto_enumTypes[2]
 }
 
 func (x ArtifactState) Number() protoreflect.EnumNumber {
@@ -149,7 +206,7 @@ func (x ArtifactState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ArtifactState.Descriptor instead.
 func (ArtifactState) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
 }
 
 // A model the server knows about: files it may hold, and the worker process
@@ -188,7 +245,21 @@ type Model struct {
 	LastUseTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=last_use_time,json=lastUseTime,proto3" json:"last_use_time,omitempty"`
 	// When the server will put the idle model to sleep or unload it. Moves
 	// forward on use; unset when idle unloading is off.
-	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// Memory the model is charged with, device by device. Unset while nothing is
+	// reserved for it.
+	Memory *MemoryCharge `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Requests that use the model now.
+	LeaseCount int32 `protobuf:"varint,15,opt,name=lease_count,json=leaseCount,proto3" json:"lease_count,omitempty"`
+	// Requests that wait for the model to be loaded.
+	WaitingRequestCount int32 `protobuf:"varint,16,opt,name=waiting_request_count,json=waitingRequestCount,proto3" json:"waiting_request_count,omitempty"`
+	// Whether the model is pinned: not evicted, put to sleep or unloaded for
+	// idleness.
+	Pinned bool `protobuf:"varint,22,opt,name=pinned,proto3" json:"pinned,omitempty"`
+	// How much dearer than others it is to evict: each step doubles it.
+	Priority int32 `protobuf:"varint,23,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Exclusive group: of its models only one is in memory at a time.
+	Group         string `protobuf:"bytes,27,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +385,103 @@ func (x *Model) GetExpireTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Model) GetMemory() *MemoryCharge {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+func (x *Model) GetLeaseCount() int32 {
+	if x != nil {
+		return x.LeaseCount
+	}
+	return 0
+}
+
+func (x *Model) GetWaitingRequestCount() int32 {
+	if x != nil {
+		return x.WaitingRequestCount
+	}
+	return 0
+}
+
+func (x *Model) GetPinned() bool {
+	if x != nil {
+		return x.Pinned
+	}
+	return false
+}
+
+func (x *Model) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Model) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+// What a model is charged with in the memory ledger.
+type MemoryCharge struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How far the load is.
+	Phase MemoryPhase `protobuf:"varint,1,opt,name=phase,proto3,enum=paddock.v1.MemoryPhase" json:"phase,omitempty"`
+	// Bytes by device: `RAM` is the main memory.
+	Bytes         map[string]int64 `protobuf:"bytes,2,rep,name=bytes,proto3" json:"bytes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryCharge) Reset() {
+	*x = MemoryCharge{}
+	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryCharge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryCharge) ProtoMessage() {}
+
+func (x *MemoryCharge) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryCharge.ProtoReflect.Descriptor instead.
+func (*MemoryCharge) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *MemoryCharge) GetPhase() MemoryPhase {
+	if x != nil {
+		return x.Phase
+	}
+	return MemoryPhase_MEMORY_PHASE_UNSPECIFIED
+}
+
+func (x *MemoryCharge) GetBytes() map[string]int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return nil
+}
+
 // Where to get the model files.
 type ModelSource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -330,7 +498,7 @@ type ModelSource struct {
 
 func (x *ModelSource) Reset() {
 	*x = ModelSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -342,7 +510,7 @@ func (x *ModelSource) String() string {
 func (*ModelSource) ProtoMessage() {}
 
 func (x *ModelSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -355,7 +523,7 @@ func (x *ModelSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSource.ProtoReflect.Descriptor instead.
 func (*ModelSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ModelSource) GetSource() isModelSource_Source {
@@ -418,7 +586,7 @@ type HuggingFaceSource struct {
 
 func (x *HuggingFaceSource) Reset() {
 	*x = HuggingFaceSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -430,7 +598,7 @@ func (x *HuggingFaceSource) String() string {
 func (*HuggingFaceSource) ProtoMessage() {}
 
 func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -443,7 +611,7 @@ func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HuggingFaceSource.ProtoReflect.Descriptor instead.
 func (*HuggingFaceSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *HuggingFaceSource) GetRepoId() string {
@@ -479,7 +647,7 @@ type LocalSource struct {
 
 func (x *LocalSource) Reset() {
 	*x = LocalSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -491,7 +659,7 @@ func (x *LocalSource) String() string {
 func (*LocalSource) ProtoMessage() {}
 
 func (x *LocalSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -504,7 +672,7 @@ func (x *LocalSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalSource.ProtoReflect.Descriptor instead.
 func (*LocalSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LocalSource) GetPath() string {
@@ -531,13 +699,16 @@ type RuntimeOptions struct {
 	ThreadCount *int32 `protobuf:"varint,5,opt,name=thread_count,json=threadCount,proto3,oneof" json:"thread_count,omitempty"`
 	// Most tokens decoded in one step, 32 to 8192.
 	BatchSizeTokens *int32 `protobuf:"varint,6,opt,name=batch_size_tokens,json=batchSizeTokens,proto3,oneof" json:"batch_size_tokens,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Idle time before the model gives its memory back and sleeps; its process
+	// stays, and the next request wakes it. Zero disables it.
+	SleepTimeout  *durationpb.Duration `protobuf:"bytes,9,opt,name=sleep_timeout,json=sleepTimeout,proto3" json:"sleep_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RuntimeOptions) Reset() {
 	*x = RuntimeOptions{}
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +720,7 @@ func (x *RuntimeOptions) String() string {
 func (*RuntimeOptions) ProtoMessage() {}
 
 func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +733,7 @@ func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeOptions.ProtoReflect.Descriptor instead.
 func (*RuntimeOptions) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RuntimeOptions) GetContextSizeTokens() int32 {
@@ -607,6 +778,13 @@ func (x *RuntimeOptions) GetBatchSizeTokens() int32 {
 	return 0
 }
 
+func (x *RuntimeOptions) GetSleepTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.SleepTimeout
+	}
+	return nil
+}
+
 // Facts read from the model file.
 type ModelInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -634,7 +812,7 @@ type ModelInfo struct {
 
 func (x *ModelInfo) Reset() {
 	*x = ModelInfo{}
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +824,7 @@ func (x *ModelInfo) String() string {
 func (*ModelInfo) ProtoMessage() {}
 
 func (x *ModelInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +837,7 @@ func (x *ModelInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelInfo.ProtoReflect.Descriptor instead.
 func (*ModelInfo) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ModelInfo) GetArchitecture() string {
@@ -750,7 +928,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +940,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +953,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Worker) GetPid() int32 {
@@ -859,7 +1037,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +1049,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +1062,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Failure) GetReason() string {
@@ -941,7 +1119,7 @@ var File_paddock_v1_model_proto protoreflect.FileDescriptor
 const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"\x16paddock/v1/model.proto\x12\n" +
-	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfa\x04\n" +
+	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x06\n" +
 	"\x05Model\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12,\n" +
@@ -958,7 +1136,21 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\tload_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\bloadTime\x12>\n" +
 	"\rlast_use_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\vlastUseTime\x12;\n" +
 	"\vexpire_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\x8c\x01\n" +
+	"expireTime\x120\n" +
+	"\x06memory\x18\x0e \x01(\v2\x18.paddock.v1.MemoryChargeR\x06memory\x12\x1f\n" +
+	"\vlease_count\x18\x0f \x01(\x05R\n" +
+	"leaseCount\x122\n" +
+	"\x15waiting_request_count\x18\x10 \x01(\x05R\x13waitingRequestCount\x12\x16\n" +
+	"\x06pinned\x18\x16 \x01(\bR\x06pinned\x12\x1a\n" +
+	"\bpriority\x18\x17 \x01(\x05R\bpriority\x12\x14\n" +
+	"\x05group\x18\x1b \x01(\tR\x05group\"\xb2\x01\n" +
+	"\fMemoryCharge\x12-\n" +
+	"\x05phase\x18\x01 \x01(\x0e2\x17.paddock.v1.MemoryPhaseR\x05phase\x129\n" +
+	"\x05bytes\x18\x02 \x03(\v2#.paddock.v1.MemoryCharge.BytesEntryR\x05bytes\x1a8\n" +
+	"\n" +
+	"BytesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\x8c\x01\n" +
 	"\vModelSource\x12B\n" +
 	"\fhugging_face\x18\x01 \x01(\v2\x1d.paddock.v1.HuggingFaceSourceH\x00R\vhuggingFace\x12/\n" +
 	"\x05local\x18\x02 \x01(\v2\x17.paddock.v1.LocalSourceH\x00R\x05localB\b\n" +
@@ -968,7 +1160,7 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12!\n" +
 	"\ffile_pattern\x18\x03 \x01(\tR\vfilePattern\"!\n" +
 	"\vLocalSource\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\x8f\x03\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xcf\x03\n" +
 	"\x0eRuntimeOptions\x123\n" +
 	"\x13context_size_tokens\x18\x01 \x01(\x05H\x00R\x11contextSizeTokens\x88\x01\x01\x12+\n" +
 	"\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01R\rgpuLayerCount\x88\x01\x01\x12\"\n" +
@@ -976,7 +1168,8 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"slot_count\x18\x03 \x01(\x05H\x02R\tslotCount\x88\x01\x01\x12<\n" +
 	"\fidle_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12&\n" +
 	"\fthread_count\x18\x05 \x01(\x05H\x03R\vthreadCount\x88\x01\x01\x12/\n" +
-	"\x11batch_size_tokens\x18\x06 \x01(\x05H\x04R\x0fbatchSizeTokens\x88\x01\x01B\x16\n" +
+	"\x11batch_size_tokens\x18\x06 \x01(\x05H\x04R\x0fbatchSizeTokens\x88\x01\x01\x12>\n" +
+	"\rsleep_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\fsleepTimeoutB\x16\n" +
 	"\x14_context_size_tokensB\x12\n" +
 	"\x10_gpu_layer_countB\r\n" +
 	"\v_slot_countB\x0f\n" +
@@ -1023,7 +1216,12 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x12MODEL_STATE_LOADED\x10\x03\x12\x18\n" +
 	"\x14MODEL_STATE_SLEEPING\x10\x04\x12\x19\n" +
 	"\x15MODEL_STATE_UNLOADING\x10\x05\x12\x16\n" +
-	"\x12MODEL_STATE_FAILED\x10\x06*\x89\x01\n" +
+	"\x12MODEL_STATE_FAILED\x10\x06*~\n" +
+	"\vMemoryPhase\x12\x1c\n" +
+	"\x18MEMORY_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16MEMORY_PHASE_PREDICTED\x10\x01\x12\x19\n" +
+	"\x15MEMORY_PHASE_MEASURED\x10\x02\x12\x1a\n" +
+	"\x16MEMORY_PHASE_RELEASING\x10\x03*\x89\x01\n" +
 	"\rArtifactState\x12\x1e\n" +
 	"\x1aARTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15ARTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n" +
@@ -1046,45 +1244,52 @@ func file_paddock_v1_model_proto_rawDescGZIP() []byte {
 	return file_paddock_v1_model_proto_rawDescData
 }
 
-var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_paddock_v1_model_proto_goTypes = []any{
 	(ModelState)(0),               // 0: paddock.v1.ModelState
-	(ArtifactState)(0),            // 1: paddock.v1.ArtifactState
-	(*Model)(nil),                 // 2: paddock.v1.Model
-	(*ModelSource)(nil),           // 3: paddock.v1.ModelSource
-	(*HuggingFaceSource)(nil),     // 4: paddock.v1.HuggingFaceSource
-	(*LocalSource)(nil),           // 5: paddock.v1.LocalSource
-	(*RuntimeOptions)(nil),        // 6: paddock.v1.RuntimeOptions
-	(*ModelInfo)(nil),             // 7: paddock.v1.ModelInfo
-	(*Worker)(nil),                // 8: paddock.v1.Worker
-	(*Failure)(nil),               // 9: paddock.v1.Failure
-	nil,                           // 10: paddock.v1.Failure.MetadataEntry
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
+	(MemoryPhase)(0),              // 1: paddock.v1.MemoryPhase
+	(ArtifactState)(0),            // 2: paddock.v1.ArtifactState
+	(*Model)(nil),                 // 3: paddock.v1.Model
+	(*MemoryCharge)(nil),          // 4: paddock.v1.MemoryCharge
+	(*ModelSource)(nil),           // 5: paddock.v1.ModelSource
+	(*HuggingFaceSource)(nil),     // 6: paddock.v1.HuggingFaceSource
+	(*LocalSource)(nil),           // 7: paddock.v1.LocalSource
+	(*RuntimeOptions)(nil),        // 8: paddock.v1.RuntimeOptions
+	(*ModelInfo)(nil),             // 9: paddock.v1.ModelInfo
+	(*Worker)(nil),                // 10: paddock.v1.Worker
+	(*Failure)(nil),               // 11: paddock.v1.Failure
+	nil,                           // 12: paddock.v1.MemoryCharge.BytesEntry
+	nil,                           // 13: paddock.v1.Failure.MetadataEntry
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
 }
 var file_paddock_v1_model_proto_depIdxs = []int32{
-	3,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
+	5,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
 	0,  // 1: paddock.v1.Model.state:type_name -> paddock.v1.ModelState
-	1,  // 2: paddock.v1.Model.artifact_state:type_name -> paddock.v1.ArtifactState
-	6,  // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	7,  // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
-	8,  // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
-	9,  // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
-	11, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
-	11, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
-	11, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
-	5,  // 11: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
-	12, // 12: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
-	11, // 13: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
-	10, // 14: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
-	11, // 15: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	2,  // 2: paddock.v1.Model.artifact_state:type_name -> paddock.v1.ArtifactState
+	8,  // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	9,  // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
+	10, // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
+	11, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
+	14, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
+	14, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
+	14, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
+	4,  // 10: paddock.v1.Model.memory:type_name -> paddock.v1.MemoryCharge
+	1,  // 11: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
+	12, // 12: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
+	6,  // 13: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
+	7,  // 14: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
+	15, // 15: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
+	15, // 16: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
+	14, // 17: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
+	13, // 18: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
+	14, // 19: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
+	20, // [20:20] is the sub-list for method output_type
+	20, // [20:20] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_proto_init() }
@@ -1092,19 +1297,19 @@ func file_paddock_v1_model_proto_init() {
 	if File_paddock_v1_model_proto != nil {
 		return
 	}
-	file_paddock_v1_model_proto_msgTypes[1].OneofWrappers = []any{
+	file_paddock_v1_model_proto_msgTypes[2].OneofWrappers = []any{
 		(*ModelSource_HuggingFace)(nil),
 		(*ModelSource_Local)(nil),
 	}
-	file_paddock_v1_model_proto_msgTypes[4].OneofWrappers = []any{}
-	file_paddock_v1_model_proto_msgTypes[7].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[5].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_proto_rawDesc), len(file_paddock_v1_model_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   9,
+			NumEnums:      3,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

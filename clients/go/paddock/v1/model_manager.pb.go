@@ -978,6 +978,200 @@ func (x *UnloadResponse) GetAbortedRequestCount() int32 {
 	return 0
 }
 
+// Request of `Sleep`.
+type SleepRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Model to put to sleep. Required.
+	Model         string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SleepRequest) Reset() {
+	*x = SleepRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SleepRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SleepRequest) ProtoMessage() {}
+
+func (x *SleepRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SleepRequest.ProtoReflect.Descriptor instead.
+func (*SleepRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SleepRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+// Response of `Sleep`.
+type SleepResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model as it is now: in `MODEL_STATE_SLEEPING`, unless it was unloaded
+	// or its worker died meanwhile.
+	Model         *Model `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SleepResponse) Reset() {
+	*x = SleepResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SleepResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SleepResponse) ProtoMessage() {}
+
+func (x *SleepResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SleepResponse.ProtoReflect.Descriptor instead.
+func (*SleepResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SleepResponse) GetModel() *Model {
+	if x != nil {
+		return x.Model
+	}
+	return nil
+}
+
+// Request of `Pin`.
+type PinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Model to pin. Required.
+	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// True takes the pin off.
+	Unpin         bool `protobuf:"varint,2,opt,name=unpin,proto3" json:"unpin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinRequest) Reset() {
+	*x = PinRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinRequest) ProtoMessage() {}
+
+func (x *PinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinRequest.ProtoReflect.Descriptor instead.
+func (*PinRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PinRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *PinRequest) GetUnpin() bool {
+	if x != nil {
+		return x.Unpin
+	}
+	return false
+}
+
+// Response of `Pin`.
+type PinResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model as it is now.
+	Model         *Model `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinResponse) Reset() {
+	*x = PinResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinResponse) ProtoMessage() {}
+
+func (x *PinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinResponse.ProtoReflect.Descriptor instead.
+func (*PinResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PinResponse) GetModel() *Model {
+	if x != nil {
+		return x.Model
+	}
+	return nil
+}
+
 // Request of `List`.
 type ListRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -993,7 +1187,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[10]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1199,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[10]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1212,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{10}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListRequest) GetPageSize() int32 {
@@ -1058,7 +1252,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[11]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1264,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[11]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1277,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{11}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListResponse) GetModels() []*Model {
@@ -1118,7 +1312,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[12]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +1324,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[12]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +1337,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{12}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetRequest) GetModel() string {
@@ -1164,7 +1358,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[13]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1370,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[13]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1383,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{13}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetResponse) GetModel() *Model {
@@ -1216,7 +1410,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[14]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1422,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[14]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1435,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{14}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchRequest) GetModels() []string {
@@ -1284,7 +1478,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[15]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1490,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[15]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1503,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{15}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WatchResponse) GetRevision() int64 {
@@ -1392,7 +1586,7 @@ type ModelChanged struct {
 
 func (x *ModelChanged) Reset() {
 	*x = ModelChanged{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[16]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1404,7 +1598,7 @@ func (x *ModelChanged) String() string {
 func (*ModelChanged) ProtoMessage() {}
 
 func (x *ModelChanged) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[16]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1417,7 +1611,7 @@ func (x *ModelChanged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelChanged.ProtoReflect.Descriptor instead.
 func (*ModelChanged) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{16}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ModelChanged) GetModel() *Model {
@@ -1445,7 +1639,7 @@ type ModelDeleted struct {
 
 func (x *ModelDeleted) Reset() {
 	*x = ModelDeleted{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[17]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1651,7 @@ func (x *ModelDeleted) String() string {
 func (*ModelDeleted) ProtoMessage() {}
 
 func (x *ModelDeleted) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[17]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1664,7 @@ func (x *ModelDeleted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelDeleted.ProtoReflect.Descriptor instead.
 func (*ModelDeleted) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{17}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ModelDeleted) GetModel() string {
@@ -1489,7 +1683,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[18]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1695,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[18]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1708,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{18}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{22}
 }
 
 // Request of `Generate`.
@@ -1544,13 +1738,17 @@ type GenerateRequest struct {
 	AutoloadPolicy AutoloadPolicy `protobuf:"varint,10,opt,name=autoload_policy,json=autoloadPolicy,proto3,enum=paddock.v1.AutoloadPolicy" json:"autoload_policy,omitempty"`
 	// Send `prompt_progress` while a long prompt is evaluated.
 	ReportPromptProgress bool `protobuf:"varint,11,opt,name=report_prompt_progress,json=reportPromptProgress,proto3" json:"report_prompt_progress,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Keep the idle model awake and loaded for at least this long after the
+	// request, at most 30 days. Of several requests the latest end counts; it
+	// never shortens an idle time-out.
+	KeepAlive     *durationpb.Duration `protobuf:"bytes,12,opt,name=keep_alive,json=keepAlive,proto3" json:"keep_alive,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GenerateRequest) Reset() {
 	*x = GenerateRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[19]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1760,7 @@ func (x *GenerateRequest) String() string {
 func (*GenerateRequest) ProtoMessage() {}
 
 func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[19]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1773,7 @@ func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateRequest.ProtoReflect.Descriptor instead.
 func (*GenerateRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{19}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GenerateRequest) GetModel() string {
@@ -1668,6 +1866,13 @@ func (x *GenerateRequest) GetReportPromptProgress() bool {
 	return false
 }
 
+func (x *GenerateRequest) GetKeepAlive() *durationpb.Duration {
+	if x != nil {
+		return x.KeepAlive
+	}
+	return nil
+}
+
 type isGenerateRequest_Input interface {
 	isGenerateRequest_Input()
 }
@@ -1711,7 +1916,7 @@ type GenerateResponse struct {
 
 func (x *GenerateResponse) Reset() {
 	*x = GenerateResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[20]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1723,7 +1928,7 @@ func (x *GenerateResponse) String() string {
 func (*GenerateResponse) ProtoMessage() {}
 
 func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[20]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1736,7 +1941,7 @@ func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateResponse.ProtoReflect.Descriptor instead.
 func (*GenerateResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{20}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GenerateResponse) GetEvent() isGenerateResponse_Event {
@@ -1828,7 +2033,7 @@ type PromptProgress struct {
 
 func (x *PromptProgress) Reset() {
 	*x = PromptProgress{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[21]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +2045,7 @@ func (x *PromptProgress) String() string {
 func (*PromptProgress) ProtoMessage() {}
 
 func (x *PromptProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[21]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +2058,7 @@ func (x *PromptProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromptProgress.ProtoReflect.Descriptor instead.
 func (*PromptProgress) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{21}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PromptProgress) GetEvaluatedTokens() int32 {
@@ -1882,7 +2087,7 @@ type Deltas struct {
 
 func (x *Deltas) Reset() {
 	*x = Deltas{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[22]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +2099,7 @@ func (x *Deltas) String() string {
 func (*Deltas) ProtoMessage() {}
 
 func (x *Deltas) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[22]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +2112,7 @@ func (x *Deltas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Deltas.ProtoReflect.Descriptor instead.
 func (*Deltas) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{22}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Deltas) GetDeltas() []*Delta {
@@ -1934,7 +2139,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[23]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2151,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[23]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2164,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{23}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Started) GetGenerationId() string {
@@ -2005,7 +2210,7 @@ type Generated struct {
 
 func (x *Generated) Reset() {
 	*x = Generated{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[24]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2017,7 +2222,7 @@ func (x *Generated) String() string {
 func (*Generated) ProtoMessage() {}
 
 func (x *Generated) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[24]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2030,7 +2235,7 @@ func (x *Generated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generated.ProtoReflect.Descriptor instead.
 func (*Generated) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{24}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Generated) GetUsage() *Usage {
@@ -2065,7 +2270,7 @@ type GenerateManyRequest struct {
 
 func (x *GenerateManyRequest) Reset() {
 	*x = GenerateManyRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2282,7 @@ func (x *GenerateManyRequest) String() string {
 func (*GenerateManyRequest) ProtoMessage() {}
 
 func (x *GenerateManyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[25]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2295,7 @@ func (x *GenerateManyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateManyRequest.ProtoReflect.Descriptor instead.
 func (*GenerateManyRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{25}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GenerateManyRequest) GetCommands() []*GenerationCommand {
@@ -2120,7 +2325,7 @@ type GenerationCommand struct {
 
 func (x *GenerationCommand) Reset() {
 	*x = GenerationCommand{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2132,7 +2337,7 @@ func (x *GenerationCommand) String() string {
 func (*GenerationCommand) ProtoMessage() {}
 
 func (x *GenerationCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[26]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2145,7 +2350,7 @@ func (x *GenerationCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationCommand.ProtoReflect.Descriptor instead.
 func (*GenerationCommand) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{26}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GenerationCommand) GetNumber() uint64 {
@@ -2231,7 +2436,7 @@ type StartGeneration struct {
 
 func (x *StartGeneration) Reset() {
 	*x = StartGeneration{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2243,7 +2448,7 @@ func (x *StartGeneration) String() string {
 func (*StartGeneration) ProtoMessage() {}
 
 func (x *StartGeneration) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[27]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2256,7 +2461,7 @@ func (x *StartGeneration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartGeneration.ProtoReflect.Descriptor instead.
 func (*StartGeneration) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{27}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StartGeneration) GetRequest() *GenerateRequest {
@@ -2291,7 +2496,7 @@ type GrantCredit struct {
 
 func (x *GrantCredit) Reset() {
 	*x = GrantCredit{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2303,7 +2508,7 @@ func (x *GrantCredit) String() string {
 func (*GrantCredit) ProtoMessage() {}
 
 func (x *GrantCredit) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[28]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2316,7 +2521,7 @@ func (x *GrantCredit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantCredit.ProtoReflect.Descriptor instead.
 func (*GrantCredit) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{28}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GrantCredit) GetCredit() int32 {
@@ -2335,7 +2540,7 @@ type CancelGeneration struct {
 
 func (x *CancelGeneration) Reset() {
 	*x = CancelGeneration{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2552,7 @@ func (x *CancelGeneration) String() string {
 func (*CancelGeneration) ProtoMessage() {}
 
 func (x *CancelGeneration) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[29]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2565,7 @@ func (x *CancelGeneration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGeneration.ProtoReflect.Descriptor instead.
 func (*CancelGeneration) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{29}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{33}
 }
 
 // Response of `GenerateMany`, sent repeatedly.
@@ -2374,7 +2579,7 @@ type GenerateManyResponse struct {
 
 func (x *GenerateManyResponse) Reset() {
 	*x = GenerateManyResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2386,7 +2591,7 @@ func (x *GenerateManyResponse) String() string {
 func (*GenerateManyResponse) ProtoMessage() {}
 
 func (x *GenerateManyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[30]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2399,7 +2604,7 @@ func (x *GenerateManyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateManyResponse.ProtoReflect.Descriptor instead.
 func (*GenerateManyResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{30}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GenerateManyResponse) GetEvents() []*GenerationEvent {
@@ -2427,7 +2632,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2439,7 +2644,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[31]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2452,7 +2657,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{31}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GenerationEvent) GetNumber() uint64 {
@@ -2533,7 +2738,7 @@ type GenerationError struct {
 
 func (x *GenerationError) Reset() {
 	*x = GenerationError{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2750,7 @@ func (x *GenerationError) String() string {
 func (*GenerationError) ProtoMessage() {}
 
 func (x *GenerationError) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[32]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2763,7 @@ func (x *GenerationError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationError.ProtoReflect.Descriptor instead.
 func (*GenerationError) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{32}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GenerationError) GetCode() int32 {
@@ -2630,7 +2835,7 @@ type FieldViolation struct {
 
 func (x *FieldViolation) Reset() {
 	*x = FieldViolation{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2847,7 @@ func (x *FieldViolation) String() string {
 func (*FieldViolation) ProtoMessage() {}
 
 func (x *FieldViolation) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[33]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2860,7 @@ func (x *FieldViolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FieldViolation.ProtoReflect.Descriptor instead.
 func (*FieldViolation) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{33}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *FieldViolation) GetField() string {
@@ -2683,13 +2888,15 @@ type EmbedRequest struct {
 	Normalize bool `protobuf:"varint,3,opt,name=normalize,proto3" json:"normalize,omitempty"`
 	// What to do when the model is not loaded.
 	AutoloadPolicy AutoloadPolicy `protobuf:"varint,4,opt,name=autoload_policy,json=autoloadPolicy,proto3,enum=paddock.v1.AutoloadPolicy" json:"autoload_policy,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// As in `GenerateRequest`.
+	KeepAlive     *durationpb.Duration `protobuf:"bytes,5,opt,name=keep_alive,json=keepAlive,proto3" json:"keep_alive,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EmbedRequest) Reset() {
 	*x = EmbedRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2701,7 +2908,7 @@ func (x *EmbedRequest) String() string {
 func (*EmbedRequest) ProtoMessage() {}
 
 func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[34]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2714,7 +2921,7 @@ func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
 func (*EmbedRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{34}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *EmbedRequest) GetModel() string {
@@ -2745,6 +2952,13 @@ func (x *EmbedRequest) GetAutoloadPolicy() AutoloadPolicy {
 	return AutoloadPolicy_AUTOLOAD_POLICY_UNSPECIFIED
 }
 
+func (x *EmbedRequest) GetKeepAlive() *durationpb.Duration {
+	if x != nil {
+		return x.KeepAlive
+	}
+	return nil
+}
+
 // Response of `Embed`.
 type EmbedResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2758,7 +2972,7 @@ type EmbedResponse struct {
 
 func (x *EmbedResponse) Reset() {
 	*x = EmbedResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2984,7 @@ func (x *EmbedResponse) String() string {
 func (*EmbedResponse) ProtoMessage() {}
 
 func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[35]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2997,7 @@ func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
 func (*EmbedResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{35}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EmbedResponse) GetEmbeddings() []*Embedding {
@@ -2811,7 +3025,7 @@ type Embedding struct {
 
 func (x *Embedding) Reset() {
 	*x = Embedding{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2823,7 +3037,7 @@ func (x *Embedding) String() string {
 func (*Embedding) ProtoMessage() {}
 
 func (x *Embedding) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[36]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2836,7 +3050,7 @@ func (x *Embedding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
 func (*Embedding) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{36}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Embedding) GetValues() []float32 {
@@ -2866,7 +3080,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2878,7 +3092,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[37]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2891,7 +3105,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{37}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *TokenizeRequest) GetModel() string {
@@ -2942,7 +3156,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2954,7 +3168,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[38]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2967,7 +3181,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{38}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -2999,7 +3213,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3225,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[39]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3238,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{39}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DetokenizeRequest) GetModel() string {
@@ -3059,7 +3273,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3071,7 +3285,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[40]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3084,7 +3298,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{40}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DetokenizeResponse) GetText() string {
@@ -3109,7 +3323,7 @@ type StreamLogsRequest struct {
 
 func (x *StreamLogsRequest) Reset() {
 	*x = StreamLogsRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3121,7 +3335,7 @@ func (x *StreamLogsRequest) String() string {
 func (*StreamLogsRequest) ProtoMessage() {}
 
 func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[41]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3134,7 +3348,7 @@ func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamLogsRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{41}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *StreamLogsRequest) GetModel() string {
@@ -3172,7 +3386,7 @@ type StreamLogsResponse struct {
 
 func (x *StreamLogsResponse) Reset() {
 	*x = StreamLogsResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3184,7 +3398,7 @@ func (x *StreamLogsResponse) String() string {
 func (*StreamLogsResponse) ProtoMessage() {}
 
 func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[42]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3197,7 +3411,7 @@ func (x *StreamLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamLogsResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{42}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *StreamLogsResponse) GetLines() []*LogLine {
@@ -3232,7 +3446,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3244,7 +3458,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[43]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3257,7 +3471,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{43}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *LogLine) GetReadTime() *timestamppb.Timestamp {
@@ -3301,7 +3515,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3313,7 +3527,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[44]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3326,7 +3540,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{44}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DownloadRequest) GetModel() string {
@@ -3359,7 +3573,7 @@ type DownloadResponse struct {
 
 func (x *DownloadResponse) Reset() {
 	*x = DownloadResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3371,7 +3585,7 @@ func (x *DownloadResponse) String() string {
 func (*DownloadResponse) ProtoMessage() {}
 
 func (x *DownloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[45]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3384,7 +3598,7 @@ func (x *DownloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadResponse.ProtoReflect.Descriptor instead.
 func (*DownloadResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{45}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DownloadResponse) GetEvent() isDownloadResponse_Event {
@@ -3443,7 +3657,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3455,7 +3669,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3468,7 +3682,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{46}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DeleteRequest) GetModel() string {
@@ -3496,7 +3710,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3722,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3735,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{47}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *DeleteResponse) GetFreedBytes() int64 {
@@ -3540,7 +3754,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3552,7 +3766,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3565,7 +3779,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
 }
 
 // Response of `GetServerInfo`.
@@ -3588,7 +3802,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3814,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3827,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -3666,7 +3880,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +3892,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +3905,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -3764,7 +3978,17 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\aload_id\x18\x04 \x01(\tR\x06loadId\"m\n" +
 	"\x0eUnloadResponse\x12'\n" +
 	"\x05model\x18\x01 \x01(\v2\x11.paddock.v1.ModelR\x05model\x122\n" +
-	"\x15aborted_request_count\x18\x02 \x01(\x05R\x13abortedRequestCount\"y\n" +
+	"\x15aborted_request_count\x18\x02 \x01(\x05R\x13abortedRequestCount\"$\n" +
+	"\fSleepRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\"8\n" +
+	"\rSleepResponse\x12'\n" +
+	"\x05model\x18\x01 \x01(\v2\x11.paddock.v1.ModelR\x05model\"8\n" +
+	"\n" +
+	"PinRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x14\n" +
+	"\x05unpin\x18\x02 \x01(\bR\x05unpin\"6\n" +
+	"\vPinResponse\x12'\n" +
+	"\x05model\x18\x01 \x01(\v2\x11.paddock.v1.ModelR\x05model\"y\n" +
 	"\vListRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
@@ -3795,7 +4019,7 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eprevious_state\x18\x02 \x01(\x0e2\x16.paddock.v1.ModelStateR\rpreviousState\"$\n" +
 	"\fModelDeleted\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\"\b\n" +
-	"\x06Synced\"\xa0\x04\n" +
+	"\x06Synced\"\xda\x04\n" +
 	"\x0fGenerateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12+\n" +
 	"\x04chat\x18\x02 \x01(\v2\x15.paddock.v1.ChatInputH\x00R\x04chat\x12\x18\n" +
@@ -3810,7 +4034,9 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\fchoice_count\x18\t \x01(\x05R\vchoiceCount\x12C\n" +
 	"\x0fautoload_policy\x18\n" +
 	" \x01(\x0e2\x1a.paddock.v1.AutoloadPolicyR\x0eautoloadPolicy\x124\n" +
-	"\x16report_prompt_progress\x18\v \x01(\bR\x14reportPromptProgressB\a\n" +
+	"\x16report_prompt_progress\x18\v \x01(\bR\x14reportPromptProgress\x128\n" +
+	"\n" +
+	"keep_alive\x18\f \x01(\v2\x19.google.protobuf.DurationR\tkeepAliveB\a\n" +
 	"\x05input\"\xf8\x01\n" +
 	"\x10GenerateResponse\x12/\n" +
 	"\astarted\x18\x01 \x01(\v2\x13.paddock.v1.StartedH\x00R\astarted\x12,\n" +
@@ -3873,12 +4099,14 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"H\n" +
 	"\x0eFieldViolation\x12\x14\n" +
 	"\x05field\x18\x01 \x01(\tR\x05field\x12 \n" +
-	"\vdescription\x18\x02 \x01(\tR\vdescription\"\x9d\x01\n" +
+	"\vdescription\x18\x02 \x01(\tR\vdescription\"\xd7\x01\n" +
 	"\fEmbedRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x14\n" +
 	"\x05texts\x18\x02 \x03(\tR\x05texts\x12\x1c\n" +
 	"\tnormalize\x18\x03 \x01(\bR\tnormalize\x12C\n" +
-	"\x0fautoload_policy\x18\x04 \x01(\x0e2\x1a.paddock.v1.AutoloadPolicyR\x0eautoloadPolicy\"o\n" +
+	"\x0fautoload_policy\x18\x04 \x01(\x0e2\x1a.paddock.v1.AutoloadPolicyR\x0eautoloadPolicy\x128\n" +
+	"\n" +
+	"keep_alive\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tkeepAlive\"o\n" +
 	"\rEmbedResponse\x125\n" +
 	"\n" +
 	"embeddings\x18\x01 \x03(\v2\x15.paddock.v1.EmbeddingR\n" +
@@ -3965,10 +4193,12 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xf9\a\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xef\b\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
-	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12>\n" +
+	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12<\n" +
+	"\x05Sleep\x12\x18.paddock.v1.SleepRequest\x1a\x19.paddock.v1.SleepResponse\x126\n" +
+	"\x03Pin\x12\x16.paddock.v1.PinRequest\x1a\x17.paddock.v1.PinResponse\x12>\n" +
 	"\x04List\x12\x17.paddock.v1.ListRequest\x1a\x18.paddock.v1.ListResponse\"\x03\x90\x02\x01\x12;\n" +
 	"\x03Get\x12\x16.paddock.v1.GetRequest\x1a\x17.paddock.v1.GetResponse\"\x03\x90\x02\x01\x12>\n" +
 	"\x05Watch\x12\x18.paddock.v1.WatchRequest\x1a\x19.paddock.v1.WatchResponse0\x01\x12G\n" +
@@ -4000,7 +4230,7 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                    // 0: paddock.v1.Stage
 	(LoadConflictPolicy)(0),       // 1: paddock.v1.LoadConflictPolicy
@@ -4016,161 +4246,173 @@ var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(*StageWarning)(nil),          // 11: paddock.v1.StageWarning
 	(*UnloadRequest)(nil),         // 12: paddock.v1.UnloadRequest
 	(*UnloadResponse)(nil),        // 13: paddock.v1.UnloadResponse
-	(*ListRequest)(nil),           // 14: paddock.v1.ListRequest
-	(*ListResponse)(nil),          // 15: paddock.v1.ListResponse
-	(*GetRequest)(nil),            // 16: paddock.v1.GetRequest
-	(*GetResponse)(nil),           // 17: paddock.v1.GetResponse
-	(*WatchRequest)(nil),          // 18: paddock.v1.WatchRequest
-	(*WatchResponse)(nil),         // 19: paddock.v1.WatchResponse
-	(*ModelChanged)(nil),          // 20: paddock.v1.ModelChanged
-	(*ModelDeleted)(nil),          // 21: paddock.v1.ModelDeleted
-	(*Synced)(nil),                // 22: paddock.v1.Synced
-	(*GenerateRequest)(nil),       // 23: paddock.v1.GenerateRequest
-	(*GenerateResponse)(nil),      // 24: paddock.v1.GenerateResponse
-	(*PromptProgress)(nil),        // 25: paddock.v1.PromptProgress
-	(*Deltas)(nil),                // 26: paddock.v1.Deltas
-	(*Started)(nil),               // 27: paddock.v1.Started
-	(*Generated)(nil),             // 28: paddock.v1.Generated
-	(*GenerateManyRequest)(nil),   // 29: paddock.v1.GenerateManyRequest
-	(*GenerationCommand)(nil),     // 30: paddock.v1.GenerationCommand
-	(*StartGeneration)(nil),       // 31: paddock.v1.StartGeneration
-	(*GrantCredit)(nil),           // 32: paddock.v1.GrantCredit
-	(*CancelGeneration)(nil),      // 33: paddock.v1.CancelGeneration
-	(*GenerateManyResponse)(nil),  // 34: paddock.v1.GenerateManyResponse
-	(*GenerationEvent)(nil),       // 35: paddock.v1.GenerationEvent
-	(*GenerationError)(nil),       // 36: paddock.v1.GenerationError
-	(*FieldViolation)(nil),        // 37: paddock.v1.FieldViolation
-	(*EmbedRequest)(nil),          // 38: paddock.v1.EmbedRequest
-	(*EmbedResponse)(nil),         // 39: paddock.v1.EmbedResponse
-	(*Embedding)(nil),             // 40: paddock.v1.Embedding
-	(*TokenizeRequest)(nil),       // 41: paddock.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),      // 42: paddock.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),     // 43: paddock.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),    // 44: paddock.v1.DetokenizeResponse
-	(*StreamLogsRequest)(nil),     // 45: paddock.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),    // 46: paddock.v1.StreamLogsResponse
-	(*LogLine)(nil),               // 47: paddock.v1.LogLine
-	(*DownloadRequest)(nil),       // 48: paddock.v1.DownloadRequest
-	(*DownloadResponse)(nil),      // 49: paddock.v1.DownloadResponse
-	(*DeleteRequest)(nil),         // 50: paddock.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 51: paddock.v1.DeleteResponse
-	(*GetServerInfoRequest)(nil),  // 52: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil), // 53: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                // 54: paddock.v1.Device
-	nil,                           // 55: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),           // 56: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),        // 57: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),   // 58: google.protobuf.Duration
-	(*Model)(nil),                 // 59: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
-	(*Failure)(nil),               // 61: paddock.v1.Failure
-	(ModelState)(0),               // 62: paddock.v1.ModelState
-	(*ChatInput)(nil),             // 63: paddock.v1.ChatInput
-	(*TokenInput)(nil),            // 64: paddock.v1.TokenInput
-	(*SamplingParams)(nil),        // 65: paddock.v1.SamplingParams
-	(*StopParams)(nil),            // 66: paddock.v1.StopParams
-	(*OutputConstraint)(nil),      // 67: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),         // 68: paddock.v1.LogprobParams
-	(*Delta)(nil),                 // 69: paddock.v1.Delta
-	(*Usage)(nil),                 // 70: paddock.v1.Usage
-	(*Timings)(nil),               // 71: paddock.v1.Timings
+	(*SleepRequest)(nil),          // 14: paddock.v1.SleepRequest
+	(*SleepResponse)(nil),         // 15: paddock.v1.SleepResponse
+	(*PinRequest)(nil),            // 16: paddock.v1.PinRequest
+	(*PinResponse)(nil),           // 17: paddock.v1.PinResponse
+	(*ListRequest)(nil),           // 18: paddock.v1.ListRequest
+	(*ListResponse)(nil),          // 19: paddock.v1.ListResponse
+	(*GetRequest)(nil),            // 20: paddock.v1.GetRequest
+	(*GetResponse)(nil),           // 21: paddock.v1.GetResponse
+	(*WatchRequest)(nil),          // 22: paddock.v1.WatchRequest
+	(*WatchResponse)(nil),         // 23: paddock.v1.WatchResponse
+	(*ModelChanged)(nil),          // 24: paddock.v1.ModelChanged
+	(*ModelDeleted)(nil),          // 25: paddock.v1.ModelDeleted
+	(*Synced)(nil),                // 26: paddock.v1.Synced
+	(*GenerateRequest)(nil),       // 27: paddock.v1.GenerateRequest
+	(*GenerateResponse)(nil),      // 28: paddock.v1.GenerateResponse
+	(*PromptProgress)(nil),        // 29: paddock.v1.PromptProgress
+	(*Deltas)(nil),                // 30: paddock.v1.Deltas
+	(*Started)(nil),               // 31: paddock.v1.Started
+	(*Generated)(nil),             // 32: paddock.v1.Generated
+	(*GenerateManyRequest)(nil),   // 33: paddock.v1.GenerateManyRequest
+	(*GenerationCommand)(nil),     // 34: paddock.v1.GenerationCommand
+	(*StartGeneration)(nil),       // 35: paddock.v1.StartGeneration
+	(*GrantCredit)(nil),           // 36: paddock.v1.GrantCredit
+	(*CancelGeneration)(nil),      // 37: paddock.v1.CancelGeneration
+	(*GenerateManyResponse)(nil),  // 38: paddock.v1.GenerateManyResponse
+	(*GenerationEvent)(nil),       // 39: paddock.v1.GenerationEvent
+	(*GenerationError)(nil),       // 40: paddock.v1.GenerationError
+	(*FieldViolation)(nil),        // 41: paddock.v1.FieldViolation
+	(*EmbedRequest)(nil),          // 42: paddock.v1.EmbedRequest
+	(*EmbedResponse)(nil),         // 43: paddock.v1.EmbedResponse
+	(*Embedding)(nil),             // 44: paddock.v1.Embedding
+	(*TokenizeRequest)(nil),       // 45: paddock.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),      // 46: paddock.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),     // 47: paddock.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),    // 48: paddock.v1.DetokenizeResponse
+	(*StreamLogsRequest)(nil),     // 49: paddock.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),    // 50: paddock.v1.StreamLogsResponse
+	(*LogLine)(nil),               // 51: paddock.v1.LogLine
+	(*DownloadRequest)(nil),       // 52: paddock.v1.DownloadRequest
+	(*DownloadResponse)(nil),      // 53: paddock.v1.DownloadResponse
+	(*DeleteRequest)(nil),         // 54: paddock.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 55: paddock.v1.DeleteResponse
+	(*GetServerInfoRequest)(nil),  // 56: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil), // 57: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                // 58: paddock.v1.Device
+	nil,                           // 59: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),           // 60: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),        // 61: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),   // 62: google.protobuf.Duration
+	(*Model)(nil),                 // 63: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil), // 64: google.protobuf.Timestamp
+	(*Failure)(nil),               // 65: paddock.v1.Failure
+	(ModelState)(0),               // 66: paddock.v1.ModelState
+	(*ChatInput)(nil),             // 67: paddock.v1.ChatInput
+	(*TokenInput)(nil),            // 68: paddock.v1.TokenInput
+	(*SamplingParams)(nil),        // 69: paddock.v1.SamplingParams
+	(*StopParams)(nil),            // 70: paddock.v1.StopParams
+	(*OutputConstraint)(nil),      // 71: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),         // 72: paddock.v1.LogprobParams
+	(*Delta)(nil),                 // 73: paddock.v1.Delta
+	(*Usage)(nil),                 // 74: paddock.v1.Usage
+	(*Timings)(nil),               // 75: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	56, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	57, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	60, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	61, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	1,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	58, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	62, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
 	7,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
 	6,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	59, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	58, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	63, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	62, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	60, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	64, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
 	9,  // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
 	10, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
 	11, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	58, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	61, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	62, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	65, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
 	2,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	58, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	59, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	62, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	59, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	59, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
-	20, // 22: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
-	21, // 23: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
-	22, // 24: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	59, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	62, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	63, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	64, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	65, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	66, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	67, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	68, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
-	3,  // 33: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	27, // 34: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
-	26, // 35: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
-	28, // 36: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
-	25, // 37: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	69, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	70, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	71, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
-	30, // 41: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
-	31, // 42: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
-	32, // 43: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
-	33, // 44: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
-	23, // 45: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
-	35, // 46: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
-	24, // 47: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
-	36, // 48: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	55, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
-	37, // 50: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	58, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
-	3,  // 52: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	40, // 53: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	70, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
-	47, // 55: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	60, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	56, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
-	7,  // 58: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	59, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	60, // 60: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	54, // 61: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	4,  // 62: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	12, // 63: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	14, // 64: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	16, // 65: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	18, // 66: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	23, // 67: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	29, // 68: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	38, // 69: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	41, // 70: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	43, // 71: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	45, // 72: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	48, // 73: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	50, // 74: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	52, // 75: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	5,  // 76: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	13, // 77: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	15, // 78: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	17, // 79: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	19, // 80: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	24, // 81: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	34, // 82: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	39, // 83: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	42, // 84: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	44, // 85: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	46, // 86: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	49, // 87: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	51, // 88: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	53, // 89: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	76, // [76:90] is the sub-list for method output_type
-	62, // [62:76] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	62, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	63, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	63, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
+	63, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
+	66, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	63, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	63, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	24, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
+	25, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
+	26, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
+	63, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	66, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	67, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	68, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	69, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	70, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	71, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	72, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	3,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	62, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
+	31, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
+	30, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
+	32, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
+	29, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
+	73, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	74, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	75, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	34, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
+	35, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
+	36, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
+	37, // 47: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
+	27, // 48: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
+	39, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
+	28, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
+	40, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
+	59, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	41, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
+	62, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	3,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	62, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
+	44, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
+	74, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	51, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
+	64, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	60, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	7,  // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	63, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	64, // 64: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	58, // 65: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	4,  // 66: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	12, // 67: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	14, // 68: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
+	16, // 69: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
+	18, // 70: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	20, // 71: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	22, // 72: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	27, // 73: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	33, // 74: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	42, // 75: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	45, // 76: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	47, // 77: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	49, // 78: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	52, // 79: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	54, // 80: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	56, // 81: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	5,  // 82: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	13, // 83: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	15, // 84: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
+	17, // 85: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
+	19, // 86: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	21, // 87: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	23, // 88: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	28, // 89: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	38, // 90: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	43, // 91: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	46, // 92: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	48, // 93: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	50, // 94: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	53, // 95: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	55, // 96: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	57, // 97: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	82, // [82:98] is the sub-list for method output_type
+	66, // [66:82] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -4191,32 +4433,32 @@ func file_paddock_v1_model_manager_proto_init() {
 		(*ProgressEvent_Warning)(nil),
 	}
 	file_paddock_v1_model_manager_proto_msgTypes[5].OneofWrappers = []any{}
-	file_paddock_v1_model_manager_proto_msgTypes[15].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[19].OneofWrappers = []any{
 		(*WatchResponse_Changed)(nil),
 		(*WatchResponse_Deleted)(nil),
 		(*WatchResponse_Synced)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[19].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[23].OneofWrappers = []any{
 		(*GenerateRequest_Chat)(nil),
 		(*GenerateRequest_Prompt)(nil),
 		(*GenerateRequest_Tokens)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[20].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[24].OneofWrappers = []any{
 		(*GenerateResponse_Started)(nil),
 		(*GenerateResponse_Deltas)(nil),
 		(*GenerateResponse_Generated)(nil),
 		(*GenerateResponse_PromptProgress)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[26].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[30].OneofWrappers = []any{
 		(*GenerationCommand_Start)(nil),
 		(*GenerationCommand_Grant)(nil),
 		(*GenerationCommand_Cancel)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[31].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[35].OneofWrappers = []any{
 		(*GenerationEvent_Response)(nil),
 		(*GenerationEvent_Failed)(nil),
 	}
-	file_paddock_v1_model_manager_proto_msgTypes[45].OneofWrappers = []any{
+	file_paddock_v1_model_manager_proto_msgTypes[49].OneofWrappers = []any{
 		(*DownloadResponse_Progress)(nil),
 		(*DownloadResponse_Downloaded)(nil),
 	}
@@ -4226,7 +4468,7 @@ func file_paddock_v1_model_manager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   52,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,8 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	ModelManager_Load_FullMethodName          = "/paddock.v1.ModelManager/Load"
 	ModelManager_Unload_FullMethodName        = "/paddock.v1.ModelManager/Unload"
+	ModelManager_Sleep_FullMethodName         = "/paddock.v1.ModelManager/Sleep"
+	ModelManager_Pin_FullMethodName           = "/paddock.v1.ModelManager/Pin"
 	ModelManager_List_FullMethodName          = "/paddock.v1.ModelManager/List"
 	ModelManager_Get_FullMethodName           = "/paddock.v1.ModelManager/Get"
 	ModelManager_Watch_FullMethodName         = "/paddock.v1.ModelManager/Watch"
@@ -69,6 +71,18 @@ type ModelManagerClient interface {
 	//
 	// Succeeds when the model is already unloaded. Aborts a load in progress.
 	Unload(ctx context.Context, in *UnloadRequest, opts ...grpc.CallOption) (*UnloadResponse, error)
+	// Has a loaded model give its memory back while its process stays, and
+	// returns once it has.
+	//
+	// The next request wakes it, as `Load` does; it waits for room like any load.
+	//
+	// Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+	// requests.
+	Sleep(ctx context.Context, in *SleepRequest, opts ...grpc.CallOption) (*SleepResponse, error)
+	// Pins a model, or takes the pin off. A pinned model is not evicted, put to
+	// sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+	// a restart of the server.
+	Pin(ctx context.Context, in *PinRequest, opts ...grpc.CallOption) (*PinResponse, error)
 	// Lists models, ordered by id.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Returns one model.
@@ -166,6 +180,26 @@ func (c *modelManagerClient) Unload(ctx context.Context, in *UnloadRequest, opts
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(UnloadResponse)
 	err := c.cc.Invoke(ctx, ModelManager_Unload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *modelManagerClient) Sleep(ctx context.Context, in *SleepRequest, opts ...grpc.CallOption) (*SleepResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SleepResponse)
+	err := c.cc.Invoke(ctx, ModelManager_Sleep_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *modelManagerClient) Pin(ctx context.Context, in *PinRequest, opts ...grpc.CallOption) (*PinResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PinResponse)
+	err := c.cc.Invoke(ctx, ModelManager_Pin_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -365,6 +399,18 @@ type ModelManagerServer interface {
 	//
 	// Succeeds when the model is already unloaded. Aborts a load in progress.
 	Unload(context.Context, *UnloadRequest) (*UnloadResponse, error)
+	// Has a loaded model give its memory back while its process stays, and
+	// returns once it has.
+	//
+	// The next request wakes it, as `Load` does; it waits for room like any load.
+	//
+	// Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+	// requests.
+	Sleep(context.Context, *SleepRequest) (*SleepResponse, error)
+	// Pins a model, or takes the pin off. A pinned model is not evicted, put to
+	// sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+	// a restart of the server.
+	Pin(context.Context, *PinRequest) (*PinResponse, error)
 	// Lists models, ordered by id.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Returns one model.
@@ -444,6 +490,12 @@ func (UnimplementedModelManagerServer) Load(*LoadRequest, grpc.ServerStreamingSe
 }
 func (UnimplementedModelManagerServer) Unload(context.Context, *UnloadRequest) (*UnloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Unload not implemented")
+}
+func (UnimplementedModelManagerServer) Sleep(context.Context, *SleepRequest) (*SleepResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Sleep not implemented")
+}
+func (UnimplementedModelManagerServer) Pin(context.Context, *PinRequest) (*PinResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Pin not implemented")
 }
 func (UnimplementedModelManagerServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
@@ -527,6 +579,42 @@ func _ModelManager_Unload_Handler(srv interface{}, ctx context.Context, dec func
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ModelManagerServer).Unload(ctx, req.(*UnloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ModelManager_Sleep_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SleepRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).Sleep(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_Sleep_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).Sleep(ctx, req.(*SleepRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ModelManager_Pin_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PinRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).Pin(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_Pin_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).Pin(ctx, req.(*PinRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -718,6 +806,14 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Unload",
 			Handler:    _ModelManager_Unload_Handler,
+		},
+		{
+			MethodName: "Sleep",
+			Handler:    _ModelManager_Sleep_Handler,
+		},
+		{
+			MethodName: "Pin",
+			Handler:    _ModelManager_Pin_Handler,
 		},
 		{
 			MethodName: "List",

@@ -40,7 +40,18 @@ app.command(rich_help_panel=_SERVING)(daemons.serve)
 app.command(rich_help_panel=_SERVING)(daemons.gateway)
 app.command(rich_help_panel=_TALKING)(talk.run)
 app.command(rich_help_panel=_TALKING)(talk.chat)
-for command in (models.ls, models.ps, models.show, models.load, models.unload, models.logs, models.tokenize):
+for command in (
+    models.ls,
+    models.ps,
+    models.show,
+    models.load,
+    models.unload,
+    models.sleep,
+    models.wake,
+    models.pin,
+    models.logs,
+    models.tokenize,
+):
     app.command(rich_help_panel=_MODELS)(command)
 
 

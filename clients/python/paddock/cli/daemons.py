@@ -77,6 +77,13 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "idle_timeout_seconds": Annotated[
         float | None, typer.Option(help="Unload models after so long without use; 0: never.")
     ],
+    "sleep_idle_seconds": Annotated[
+        float | None,
+        typer.Option(help="Have models give their memory back after so long without use; 0: never."),
+    ],
+    "total_queue_limit": Annotated[
+        int | None, typer.Option(help="Requests that may wait for models to be loaded, over all models.")
+    ],
     "drain_seconds": Annotated[
         float | None, typer.Option(help="How long running requests may go on at the end.")
     ],

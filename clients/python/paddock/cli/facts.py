@@ -73,27 +73,45 @@ def _running(model: Model, now: datetime | None) -> list[Fact]:
             ),
             ("Restarts", str(worker.restart_count)),
         ]
+    if model.memory is not None:
+        sizes = ", ".join(
+            f"{device} {bytes_text(size)}" for device, size in sorted(model.memory.bytes.items())
+        )
+        facts.append(("Memory", f"{sizes or 'a place'} ({model.memory.phase})"))
+    terms = [
+        *(["pinned"] if model.pinned else []),
+        *([f"priority {model.priority}"] if model.priority else []),
+        *([f"exclusive group {model.group}"] if model.group else []),
+    ]
+    if terms:
+        facts.append(("Stays", ", ".join(terms)))
     if model.runtime_options is not None:
         facts.append(("Options", _options(model.runtime_options)))
     for name, time in (("Loaded", model.load_time), ("Used", model.last_use_time)):
         if time is not None:
             facts.append((name, ago_text(time, now)))
     if model.expire_time is not None:
-        facts.append(("Unloads at", model.expire_time.astimezone().strftime("%Y-%m-%d %H:%M:%S")))
+        facts.append(("Sleeps or goes at", model.expire_time.astimezone().strftime("%Y-%m-%d %H:%M:%S")))
     return facts
 
 
 def _options(options: RuntimeOptions) -> str:
-    timeout = options.idle_timeout_seconds
     values = {
         "ctx-size": options.context_size_tokens,
         "parallel": options.slot_count,
         "n-gpu-layers": options.gpu_layer_count,
         "threads": options.thread_count,
         "batch-size": options.batch_size_tokens,
-        "idle timeout": None if timeout is None else seconds_text(timeout) if timeout else "never",
+        "idle timeout": _time_text(options.idle_timeout_seconds),
+        "sleep timeout": _time_text(options.sleep_timeout_seconds),
     }
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None) or "-"
+
+
+def _time_text(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return seconds_text(seconds) if seconds else "never"
 
 
 def _failure(model: Model, now: datetime | None) -> list[Fact]:

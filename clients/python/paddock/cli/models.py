@@ -1,4 +1,4 @@
-"""Commands about models: ls, ps, show, load, unload, logs, tokenize."""
+"""Commands about models: ls, ps, show, load, unload, sleep, wake, pin, logs, tokenize."""
 
 from __future__ import annotations
 
@@ -107,6 +107,9 @@ def load(
     idle_timeout_seconds: Annotated[
         float | None, typer.Option(min=0, help="Unload after so long without use; 0: never.")
     ] = None,
+    sleep_idle_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Give the memory back after so long without use; 0: never.")
+    ] = None,
     timeout_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="How long the load may take.")
     ] = None,
@@ -122,6 +125,7 @@ def load(
         thread_count=threads,
         batch_size_tokens=batch_size,
         idle_timeout_seconds=idle_timeout_seconds,
+        sleep_timeout_seconds=sleep_idle_seconds,
     )
 
     async def work(client: Client) -> None:
@@ -190,6 +194,30 @@ def unload(
     )
     aborted = unloaded.aborted_request_count
     note(f"Unloaded {unloaded.model.id}." + (f" {aborted} requests were aborted." if aborted else ""))
+
+
+def sleep(model: ModelArgument, server: ServerOption = DEFAULT_SERVER) -> None:
+    """Have a loaded model give its memory back; the next request wakes it."""
+    slept = call(server, lambda client: client.sleep(model))
+    if slept.state is not ModelState.SLEEPING:
+        note(f"{slept.id} is {slept.state} by now.")
+        raise typer.Exit(1)
+    note(f"{slept.id} sleeps. The next request wakes it, or `paddock wake {slept.id}`.")
+
+
+def wake(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+    """Wake a model that sleeps, with the options it had; one that is not loaded is loaded."""
+    call(server, lambda client: load_with_progress(client, model, as_json=as_json))
+
+
+def pin(
+    model: ModelArgument,
+    server: ServerOption = DEFAULT_SERVER,
+    off: Annotated[bool, typer.Option("--off", help="Take the pin off.")] = False,
+) -> None:
+    """Keep a model from being evicted, put to sleep or unloaded for idleness."""
+    pinned = call(server, lambda client: client.pin(model, pinned=not off))
+    note(f"{pinned.id} is pinned." if pinned.pinned else f"{pinned.id} is not pinned.")
 
 
 def logs(

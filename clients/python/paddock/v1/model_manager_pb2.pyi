@@ -493,6 +493,104 @@ class UnloadResponse(_message.Message):
 Global___UnloadResponse: _TypeAlias = UnloadResponse  # noqa: Y015
 
 @_typing.final
+class SleepRequest(_message.Message):
+    """Request of `Sleep`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model to put to sleep. Required."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepRequest: _TypeAlias = SleepRequest  # noqa: Y015
+
+@_typing.final
+class SleepResponse(_message.Message):
+    """Response of `Sleep`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> _model_pb2.Model:
+        """The model as it is now: in `MODEL_STATE_SLEEPING`, unless it was unloaded
+        or its worker died meanwhile.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _model_pb2.Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepResponse: _TypeAlias = SleepResponse  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """Request of `Pin`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model to pin. Required."""
+    unpin: _builtins.bool
+    """True takes the pin off."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        unpin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinResponse(_message.Message):
+    """Response of `Pin`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> _model_pb2.Model:
+        """The model as it is now."""
+
+    def __init__(
+        self,
+        *,
+        model: _model_pb2.Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinResponse: _TypeAlias = PinResponse  # noqa: Y015
+
+@_typing.final
 class ListRequest(_message.Message):
     """Request of `List`."""
 
@@ -768,6 +866,7 @@ class GenerateRequest(_message.Message):
     CHOICE_COUNT_FIELD_NUMBER: _builtins.int
     AUTOLOAD_POLICY_FIELD_NUMBER: _builtins.int
     REPORT_PROMPT_PROGRESS_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model to use. Required."""
     prompt: _builtins.str
@@ -802,6 +901,13 @@ class GenerateRequest(_message.Message):
     def logprobs(self) -> _generation_pb2.LogprobParams:
         """Log probabilities to return. Unset returns none."""
 
+    @_builtins.property
+    def keep_alive(self) -> _duration_pb2.Duration:
+        """Keep the idle model awake and loaded for at least this long after the
+        request, at most 30 days. Of several requests the latest end counts; it
+        never shortens an idle time-out.
+        """
+
     def __init__(
         self,
         *,
@@ -816,10 +922,11 @@ class GenerateRequest(_message.Message):
         choice_count: _builtins.int = ...,
         autoload_policy: Global___AutoloadPolicy.ValueType = ...,
         report_prompt_progress: _builtins.bool = ...,
+        keep_alive: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "constraint", b"constraint", "input", b"input", "logprobs", b"logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "constraint", b"constraint", "input", b"input", "keep_alive", b"keep_alive", "logprobs", b"logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoload_policy", b"autoload_policy", "chat", b"chat", "choice_count", b"choice_count", "constraint", b"constraint", "input", b"input", "logprobs", b"logprobs", "model", b"model", "prompt", b"prompt", "report_prompt_progress", b"report_prompt_progress", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoload_policy", b"autoload_policy", "chat", b"chat", "choice_count", b"choice_count", "constraint", b"constraint", "input", b"input", "keep_alive", b"keep_alive", "logprobs", b"logprobs", "model", b"model", "prompt", b"prompt", "report_prompt_progress", b"report_prompt_progress", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "prompt", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -1314,6 +1421,7 @@ class EmbedRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     AUTOLOAD_POLICY_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model to use. Required."""
     normalize: _builtins.bool
@@ -1324,6 +1432,10 @@ class EmbedRequest(_message.Message):
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts, 1 to 64, so that a response stays under gRPC's default 4 MiB limit."""
 
+    @_builtins.property
+    def keep_alive(self) -> _duration_pb2.Duration:
+        """As in `GenerateRequest`."""
+
     def __init__(
         self,
         *,
@@ -1331,10 +1443,11 @@ class EmbedRequest(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         normalize: _builtins.bool = ...,
         autoload_policy: Global___AutoloadPolicy.ValueType = ...,
+        keep_alive: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keep_alive", b"keep_alive"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoload_policy", b"autoload_policy", "model", b"model", "normalize", b"normalize", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoload_policy", b"autoload_policy", "keep_alive", b"keep_alive", "model", b"model", "normalize", b"normalize", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

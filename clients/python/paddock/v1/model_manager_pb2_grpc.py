@@ -54,6 +54,16 @@ class ModelManagerStub(object):
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=paddock_dot_v1_dot_model__manager__pb2.UnloadResponse.FromString,
                 _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/paddock.v1.ModelManager/Sleep',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.SleepRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/paddock.v1.ModelManager/Pin',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.PinRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.PinResponse.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/paddock.v1.ModelManager/List',
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.ListRequest.SerializeToString,
@@ -153,6 +163,28 @@ class ModelManagerServicer(object):
         """Unloads a model and returns once its worker process has exited.
 
         Succeeds when the model is already unloaded. Aborts a load in progress.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Has a loaded model give its memory back while its process stays, and
+        returns once it has.
+
+        The next request wakes it, as `Load` does; it waits for room like any load.
+
+        Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+        requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Pins a model, or takes the pin off. A pinned model is not evicted, put to
+        sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+        a restart of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -295,6 +327,16 @@ def add_ModelManagerServicer_to_server(servicer, server):
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.UnloadRequest.FromString,
                     response_serializer=paddock_dot_v1_dot_model__manager__pb2.UnloadResponse.SerializeToString,
             ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.SleepRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.SleepResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.PinRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.PinResponse.SerializeToString,
+            ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.ListRequest.FromString,
@@ -420,6 +462,60 @@ class ModelManager(object):
             '/paddock.v1.ModelManager/Unload',
             paddock_dot_v1_dot_model__manager__pb2.UnloadRequest.SerializeToString,
             paddock_dot_v1_dot_model__manager__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paddock.v1.ModelManager/Sleep',
+            paddock_dot_v1_dot_model__manager__pb2.SleepRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paddock.v1.ModelManager/Pin',
+            paddock_dot_v1_dot_model__manager__pb2.PinRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,

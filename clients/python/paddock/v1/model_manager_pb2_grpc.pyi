@@ -64,6 +64,20 @@ class ModelManagerStub:
 
     Succeeds when the model is already unloaded. Aborts a load in progress.
     """
+    Sleep: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]
+    """Has a loaded model give its memory back while its process stays, and
+    returns once it has.
+
+    The next request wakes it, as `Load` does; it waits for room like any load.
+
+    Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+    requests.
+    """
+    Pin: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.PinRequest, _model_manager_pb2.PinResponse]
+    """Pins a model, or takes the pin off. A pinned model is not evicted, put to
+    sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+    a restart of the server.
+    """
     List: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.ListRequest, _model_manager_pb2.ListResponse]
     """Lists models, ordered by id."""
     Get: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.GetRequest, _model_manager_pb2.GetResponse]
@@ -170,6 +184,20 @@ class ModelManagerAsyncStub(ModelManagerStub):
     """Unloads a model and returns once its worker process has exited.
 
     Succeeds when the model is already unloaded. Aborts a load in progress.
+    """
+    Sleep: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]  # type: ignore[assignment]
+    """Has a loaded model give its memory back while its process stays, and
+    returns once it has.
+
+    The next request wakes it, as `Load` does; it waits for room like any load.
+
+    Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+    requests.
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.PinRequest, _model_manager_pb2.PinResponse]  # type: ignore[assignment]
+    """Pins a model, or takes the pin off. A pinned model is not evicted, put to
+    sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+    a restart of the server.
     """
     List: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.ListRequest, _model_manager_pb2.ListResponse]  # type: ignore[assignment]
     """Lists models, ordered by id."""
@@ -286,6 +314,32 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         """Unloads a model and returns once its worker process has exited.
 
         Succeeds when the model is already unloaded. Aborts a load in progress.
+        """
+
+    @_abc_1.abstractmethod
+    def Sleep(
+        self,
+        request: _model_manager_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.SleepResponse, _abc.Awaitable[_model_manager_pb2.SleepResponse]]:
+        """Has a loaded model give its memory back while its process stays, and
+        returns once it has.
+
+        The next request wakes it, as `Load` does; it waits for room like any load.
+
+        Common errors: `FAILED_PRECONDITION` the model is not loaded, or serves
+        requests.
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _model_manager_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.PinResponse, _abc.Awaitable[_model_manager_pb2.PinResponse]]:
+        """Pins a model, or takes the pin off. A pinned model is not evicted, put to
+        sleep or unloaded for idleness. It need not be loaded yet; the pin outlasts
+        a restart of the server.
         """
 
     @_abc_1.abstractmethod

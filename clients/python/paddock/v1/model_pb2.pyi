@@ -36,9 +36,9 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_LOADED: _ModelState.ValueType  # 3
     """Serving requests."""
     MODEL_STATE_SLEEPING: _ModelState.ValueType  # 4
-    """Worker alive, accelerator memory released. The next request wakes it."""
+    """Worker alive, memory given back. The next request wakes it."""
     MODEL_STATE_UNLOADING: _ModelState.ValueType  # 5
-    """Draining or stopping. Becomes `UNLOADED`."""
+    """Draining, stopping or falling asleep. Becomes `UNLOADED` or `SLEEPING`."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 6
     """The load failed, or the worker died more often than the restart policy
     allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
@@ -59,15 +59,43 @@ MODEL_STATE_LOADING: ModelState.ValueType  # 2
 MODEL_STATE_LOADED: ModelState.ValueType  # 3
 """Serving requests."""
 MODEL_STATE_SLEEPING: ModelState.ValueType  # 4
-"""Worker alive, accelerator memory released. The next request wakes it."""
+"""Worker alive, memory given back. The next request wakes it."""
 MODEL_STATE_UNLOADING: ModelState.ValueType  # 5
-"""Draining or stopping. Becomes `UNLOADED`."""
+"""Draining, stopping or falling asleep. Becomes `UNLOADED` or `SLEEPING`."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 6
 """The load failed, or the worker died more often than the restart policy
 allows. See `Model.last_failure`. `Load` and `Unload` leave it at once; a
 request does once the time to retry has passed, unless the file is bad.
 """
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
+class _MemoryPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_PHASE_UNSPECIFIED: _MemoryPhase.ValueType  # 0
+    """Never sent."""
+    MEMORY_PHASE_PREDICTED: _MemoryPhase.ValueType  # 1
+    """Predicted from the file and the options; the load is running."""
+    MEMORY_PHASE_MEASURED: _MemoryPhase.ValueType  # 2
+    """Measured; the model is loaded or asleep."""
+    MEMORY_PHASE_RELEASING: _MemoryPhase.ValueType  # 3
+    """The worker is being stopped; the memory is not free yet."""
+
+class MemoryPhase(_MemoryPhase, metaclass=_MemoryPhaseEnumTypeWrapper):
+    """What the figures in a memory charge are."""
+
+MEMORY_PHASE_UNSPECIFIED: MemoryPhase.ValueType  # 0
+"""Never sent."""
+MEMORY_PHASE_PREDICTED: MemoryPhase.ValueType  # 1
+"""Predicted from the file and the options; the load is running."""
+MEMORY_PHASE_MEASURED: MemoryPhase.ValueType  # 2
+"""Measured; the model is loaded or asleep."""
+MEMORY_PHASE_RELEASING: MemoryPhase.ValueType  # 3
+"""The worker is being stopped; the memory is not free yet."""
+Global___MemoryPhase: _TypeAlias = MemoryPhase  # noqa: Y015
 
 class _ArtifactState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -120,6 +148,12 @@ class Model(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    LEASE_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identifier used as `model` in every request, for example
     `qwen2.5-7b-instruct-q4_k_m`. Stable for the lifetime of the model.
@@ -136,6 +170,18 @@ class Model(_message.Message):
     """
     size_bytes: _builtins.int
     """Total size of the local files."""
+    lease_count: _builtins.int
+    """Requests that use the model now."""
+    waiting_request_count: _builtins.int
+    """Requests that wait for the model to be loaded."""
+    pinned: _builtins.bool
+    """Whether the model is pinned: not evicted, put to sleep or unloaded for
+    idleness.
+    """
+    priority: _builtins.int
+    """How much dearer than others it is to evict: each step doubles it."""
+    group: _builtins.str
+    """Exclusive group: of its models only one is in memory at a time."""
     @_builtins.property
     def source(self) -> Global___ModelSource:
         """Where the files come from."""
@@ -172,6 +218,12 @@ class Model(_message.Message):
         forward on use; unset when idle unloading is off.
         """
 
+    @_builtins.property
+    def memory(self) -> Global___MemoryCharge:
+        """Memory the model is charged with, device by device. Unset while nothing is
+        reserved for it.
+        """
+
     def __init__(
         self,
         *,
@@ -188,14 +240,68 @@ class Model(_message.Message):
         load_time: _timestamp_pb2.Timestamp | None = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        memory: Global___MemoryCharge | None = ...,
+        lease_count: _builtins.int = ...,
+        waiting_request_count: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "memory", b"memory", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_state", b"artifact_state", "expire_time", b"expire_time", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_id", b"load_id", "load_time", b"load_time", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_state", b"artifact_state", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_time", b"load_time", "memory", b"memory", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class MemoryCharge(_message.Message):
+    """What a model is charged with in the memory ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class BytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    phase: Global___MemoryPhase.ValueType
+    """How far the load is."""
+    @_builtins.property
+    def bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Bytes by device: `RAM` is the main memory."""
+
+    def __init__(
+        self,
+        *,
+        phase: Global___MemoryPhase.ValueType = ...,
+        bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryCharge: _TypeAlias = MemoryCharge  # noqa: Y015
 
 @_typing.final
 class ModelSource(_message.Message):
@@ -299,6 +405,7 @@ class RuntimeOptions(_message.Message):
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     THREAD_COUNT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
+    SLEEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     context_size_tokens: _builtins.int
     """Tokens the KV cache holds, shared by all sequences of the model. One
     sequence may use all of them, up to the trained context. Zero takes the
@@ -316,6 +423,12 @@ class RuntimeOptions(_message.Message):
     def idle_timeout(self) -> _duration_pb2.Duration:
         """Idle time before the model is unloaded. Zero disables idle unloading."""
 
+    @_builtins.property
+    def sleep_timeout(self) -> _duration_pb2.Duration:
+        """Idle time before the model gives its memory back and sleeps; its process
+        stays, and the next request wakes it. Zero disables it.
+        """
+
     def __init__(
         self,
         *,
@@ -325,10 +438,11 @@ class RuntimeOptions(_message.Message):
         idle_timeout: _duration_pb2.Duration | None = ...,
         thread_count: _builtins.int | None = ...,
         batch_size_tokens: _builtins.int | None = ...,
+        sleep_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size_tokens: _TypeAlias = _typing.Literal["batch_size_tokens"]  # noqa: Y015
     _WhichOneofArgType__batch_size_tokens: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens"]  # noqa: Y015

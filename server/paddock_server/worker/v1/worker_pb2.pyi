@@ -73,6 +73,7 @@ class ServerFrame(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     CANCEL_CALL_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load(self) -> Global___Load:
         """Load a model. Sent once, first."""
@@ -107,6 +108,12 @@ class ServerFrame(_message.Message):
         same, and an unknown number is ignored: the reply may be on its way.
         """
 
+    @_builtins.property
+    def sleep(self) -> Global___Sleep:
+        """Free the model and all it needs, and answer `slept`. Sent when nothing
+        runs; the next frame that asks for anything is another `load`.
+        """
+
     def __init__(
         self,
         *,
@@ -117,12 +124,13 @@ class ServerFrame(_message.Message):
         call: Global___Call | None = ...,
         shutdown: Global___Shutdown | None = ...,
         cancel_call: Global___CancelCall | None = ...,
+        sleep: Global___Sleep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "sleep", b"sleep", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_load", b"abort_load", "call", b"call", "cancel", b"cancel", "cancel_call", b"cancel_call", "frame", b"frame", "load", b"load", "shutdown", b"shutdown", "sleep", b"sleep", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["load", "abort_load", "start", "cancel", "call", "shutdown", "cancel_call"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["load", "abort_load", "start", "cancel", "call", "shutdown", "cancel_call", "sleep"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -141,6 +149,7 @@ class WorkerFrame(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    SLEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First frame of a worker."""
@@ -169,6 +178,10 @@ class WorkerFrame(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Sent every two seconds by a thread that does not compute."""
 
+    @_builtins.property
+    def slept(self) -> Global___Slept:
+        """The memory is free. Answers `sleep`."""
+
     def __init__(
         self,
         *,
@@ -179,12 +192,13 @@ class WorkerFrame(_message.Message):
         step: Global___Step | None = ...,
         reply: Global___Reply | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        slept: Global___Slept | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "load_failed", b"load_failed", "load_progress", b"load_progress", "ready", b"ready", "reply", b"reply", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "load_failed", b"load_failed", "load_progress", b"load_progress", "ready", b"ready", "reply", b"reply", "slept", b"slept", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "load_failed", b"load_failed", "load_progress", b"load_progress", "ready", b"ready", "reply", b"reply", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "load_failed", b"load_failed", "load_progress", b"load_progress", "ready", b"ready", "reply", b"reply", "slept", b"slept", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "load_progress", "ready", "load_failed", "step", "reply", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "load_progress", "ready", "load_failed", "step", "reply", "heartbeat", "slept"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -765,6 +779,40 @@ class Shutdown(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Shutdown: _TypeAlias = Shutdown  # noqa: Y015
+
+@_typing.final
+class Sleep(_message.Message):
+    """Give the memory back and stay."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sleep: _TypeAlias = Sleep  # noqa: Y015
+
+@_typing.final
+class Slept(_message.Message):
+    """The worker holds no model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Slept: _TypeAlias = Slept  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
