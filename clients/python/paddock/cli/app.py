@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, doctor, models, talk
+from paddock.cli import daemons, doctor, models, talk, watch
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -42,6 +42,7 @@ app.command(rich_help_panel=_TALKING)(talk.run)
 app.command(rich_help_panel=_TALKING)(talk.chat)
 for command in (models.ls, models.ps, models.show, models.load, models.unload, models.logs, models.tokenize):
     app.command(rich_help_panel=_MODELS)(command)
+app.command(rich_help_panel=_MODELS)(watch.watch)
 
 
 app.command(rich_help_panel=_OTHER)(doctor.doctor)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from paddock.client import Client
+    from paddock.types import LogLine
 
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 """States without a worker."""
@@ -198,11 +199,17 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
     tail: Annotated[int, typer.Option(min=0, help="Newest lines to start with; 0: all there are.")] = 0,
     as_json: JsonOption = False,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", "-t", help="Put the time each line was read before it.")
+    ] = False,
 ) -> None:
-    """Show what the workers of a model wrote to their standard error."""
+    """Show what the workers of a model wrote to their standard error, earlier workers included.
+
+    With --follow, go on with new lines, also of workers that are yet to start, until Ctrl-C.
+    """
 
     async def work(client: Client) -> None:
-        dropped = 0
+        dropped = pid = 0
         async with client.logs(model, tail=tail, follow=follow) as stream:
             async for line in stream:
                 if stream.dropped_line_count > dropped:
@@ -210,10 +217,19 @@ def logs(
                     dropped = stream.dropped_line_count
                 if as_json:
                     write_json(line)
-                else:
-                    output.write(line.text + "\n")
+                    continue
+                if pid not in {0, line.pid}:
+                    note(f"--- worker {line.pid} ---", style="dim")
+                pid = line.pid
+                output.write(f"{_line_time(line)}{line.text}\n" if timestamps else f"{line.text}\n")
 
     call(server, work)
+
+
+def _line_time(line: LogLine) -> str:
+    if line.read_time is None:
+        return ""
+    return line.read_time.astimezone().isoformat(sep=" ", timespec="milliseconds") + "  "
 
 
 def tokenize(
