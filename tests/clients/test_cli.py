@@ -290,6 +290,7 @@ CLIENT_COMMANDS = [
     ("load", "tiny"),
     ("unload", "tiny"),
     ("logs", "tiny"),
+    ("watch", "tiny"),
     ("tokenize", "tiny", "text"),
     ("run", "tiny", "Hi"),
     ("chat", "tiny"),

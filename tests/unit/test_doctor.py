@@ -146,6 +146,7 @@ JUDGEMENTS = {
         OK,
         "Paddock 0.1.0 answers",
     ),
+    "exposed": (findings.judge_exposure({"HTTP": "192.0.2.1"}), WARNING, "whoever reaches it"),
     "taken port": ([findings.judge_port(replace(PORT, answer=Answer.OTHER))], PROBLEM, "not Paddock"),
     "refused port": (
         [findings.judge_port(replace(PORT, answer=Answer.REFUSED, detail="Permission denied"))],
@@ -279,6 +280,22 @@ def test_a_llama_that_loads_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine, "DESCRIBE_SECONDS", 0.2)
     with pytest.raises(LlamaError, match=r"longer than 0\.2 s"):
         machine.build([sys.executable, "-c", "import time; time.sleep(60)"])
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ModuleNotFoundError("psutil")])
+async def test_a_probe_that_fails_is_a_problem_and_the_others_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(machine, "limits", fail)
+    config = ServerConfig.load({"models_dir": (tmp_path,), "grpc_port": 0, "port": 0, "state_dir": None})
+    found = await examine(config, "127.0.0.1:1")
+
+    (limits,) = [finding for finding in found if finding.area == "limits"]
+    assert (limits.level, limits.message) == (PROBLEM, f"could not be examined: {error}")
+    assert "server" in {finding.area for finding in found}
 
 
 async def test_a_probe_that_hangs_is_a_problem_and_the_others_report(

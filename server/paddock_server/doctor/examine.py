@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
+from paddock.daemons import is_exposed
 from paddock_server.catalog import CatalogError
 from paddock_server.doctor import findings, machine, network
 from paddock_server.doctor.findings import Finding, problem
@@ -54,6 +55,10 @@ async def _bounded(area: str, probe: Coroutine[None, None, list[Finding]], secon
     except TimeoutError:
         advice = "Something it reads does not answer: a file server, a driver, a name service."
         return [problem(area, f"could not be examined within {seconds:g} s", advice)]
+    except OSError as error:
+        return [problem(area, f"could not be examined: {error}", "Make readable what it names.")]
+    except ImportError as error:
+        return [problem(area, f"could not be examined: {error}", "pip install 'paddock[server]'")]
 
 
 async def _in_thread(probe: Probe) -> list[Finding]:
@@ -89,8 +94,7 @@ def _build() -> list[Finding]:
     try:
         return findings.judge_build(machine.build())
     except machine.LlamaError as error:
-        advice = f"{findings.REBUILD} llama-cpp-python"
-        return [problem("llama.cpp", str(error), advice)]
+        return [problem("llama.cpp", str(error), findings.REBUILD)]
 
 
 def _models_and_memory(config: ServerConfig) -> list[Finding]:
@@ -107,17 +111,16 @@ def _disks(config: ServerConfig) -> list[Finding]:
     places = [("models", path) for path in config.model_directories]
     places += [("state", config.state_dir)] if config.state_dir is not None else []
     places.append(("hub cache", machine.hub_cache()))
-    try:
-        return findings.judge_disks(machine.disks(places))
-    except OSError as error:
-        return [problem("disk", f"cannot be examined: {error}", "Make the directory readable.")]
+    return findings.judge_disks(machine.disks(places))
 
 
 async def _ports(config: ServerConfig) -> list[Finding]:
     ports = await asyncio.gather(
         network.grpc_port(config.grpc_host, config.grpc_port), network.http_port(config.host, config.port)
     )
-    return [findings.judge_port(port) for port in ports]
+    hosts = {"gRPC": config.grpc_host, "HTTP": config.host}
+    exposed = {purpose: host for purpose, host in hosts.items() if is_exposed(host)}
+    return [*(findings.judge_port(port) for port in ports), *findings.judge_exposure(exposed)]
 
 
 async def _server(address: str) -> list[Finding]:

@@ -68,7 +68,10 @@ CPU_FEATURES: Final[Mapping[str, str]] = {
 }
 """Flags of /proc/cpuinfo whose lack in a build costs speed, and llama.cpp's names for them."""
 
-REBUILD: Final = "Compile it for this machine: pip install --force-reinstall --no-cache-dir --no-binary :all:"
+REBUILD: Final = (
+    "Compile it for this machine: `make setup` in a clone, elsewhere pip install --force-reinstall --no-deps "
+    "--no-cache-dir --no-binary llama-cpp-python, and the version."
+)
 
 
 def gib(count: int) -> str:
@@ -163,7 +166,7 @@ def judge_build(build: Build) -> list[Finding]:
     missing = sorted(wanted - set(features.get("CPU", ())))
     if missing and "CPU" in features:
         message = f"this processor has {' '.join(missing)}, which llama.cpp was built without"
-        found.append(warning(area, message, f"{REBUILD} llama-cpp-python"))
+        found.append(warning(area, message, REBUILD))
     if build.gpus:
         found += [
             ok("gpu", f"{gpu.name}: {gpu.description}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free")
@@ -323,6 +326,18 @@ def judge_port(port: Port) -> Finding:
         case Answer.REFUSED:
             message = f"{name} cannot be listened on: {port.detail}"
             return problem("ports", message, f"Choose another with {port.flag}.")
+
+
+def judge_exposure(hosts: Mapping[str, str]) -> list[Finding]:
+    """Judge the addresses, by purpose, that other machines reach: nobody is asked for a key yet."""
+    return [
+        warning(
+            "ports",
+            f"{purpose} listens on {host}: whoever reaches it can use the server",
+            "Listen on 127.0.0.1, or put something that checks its users before it.",
+        )
+        for purpose, host in hosts.items()
+    ]
 
 
 NAMED_MODELS: Final = 20

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from paddock.client import Client
 from paddock.errors import PaddockError
 from paddock.transport import connect
-from paddock.types import ModelState
+from paddock.types import Model, ModelState
 from paddock_server.doctor.findings import Answer, Port, Running
 
 ANSWER_SECONDS: Final = 3.0
@@ -117,13 +117,14 @@ def _is_health(body: bytes) -> bool:
 
 
 async def running_server(address: str) -> Running | None:
-    """Ask a server how it is; None when none answers in time."""
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS), Client.connect(address) as client:
-            info = await client.server_info()
-            models = await client.list()
-    except (PaddockError, TimeoutError):
-        return None
+    """Ask a server how it is; None when none answers in time. Listing many models may take longer."""
+    async with Client.connect(address) as client:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                info = await client.server_info()
+        except (PaddockError, TimeoutError):
+            return None
+        models = await _models(client)
     started = info.start_time or datetime.now(UTC)
     return Running(
         address=address,
@@ -142,6 +143,13 @@ async def running_server(address: str) -> Running | None:
             if model.worker is not None and model.worker.restart_count
         },
     )
+
+
+async def _models(client: Client) -> tuple[Model, ...]:
+    try:
+        return await client.list()
+    except PaddockError:  # it is stopping, which its health says too
+        return ()
 
 
 async def _is_serving(address: str) -> bool:
