@@ -17,6 +17,7 @@ from paddock.transport import GrpcApi, connect
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.app import serving
 from paddock_server.config import ServerConfig
+from paddock_server.manager.events import BACKLOG_LENGTH
 from tests.fakes.launching import fake_launcher, write_sidecar
 from tests.models import make_noise
 
@@ -130,6 +131,22 @@ async def test_the_health_of_a_model_begins_and_ends_with_its_file(server: Servi
 
     assert (unknown, appeared, gone) == ([SERVICE_UNKNOWN], [NOT_SERVING], [SERVICE_UNKNOWN])
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_more_models_at_once_than_a_watch_may_be_behind_are_all_known_in_the_end(
+    server: Serving,
+) -> None:
+    names = [f"m{number:04}" for number in range(BACKLOG_LENGTH + 100)]
+    watch = server.watch(f"model/{names[-1]}")
+    assert await read(watch) == [SERVICE_UNKNOWN]
+    for name in names:
+        (server.directory / f"{name}.gguf").hardlink_to(server.directory / "a.gguf")
+    await server.scan()
+    await read(watch, until=NOT_SERVING)
+    watch.cancel()
+
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        assert {await server.check(f"model/{name}") for name in names} == {NOT_SERVING}
 
 
 async def test_at_shutdown_a_loaded_model_stops_serving_like_the_rest(tmp_path: Path) -> None:
