@@ -93,7 +93,7 @@ async def serving(
         yield RunningServer(service, rpc.address)
     finally:
         log.info("server_draining", seconds=config.drain_seconds)
-        await rpc.announce_stop()
+        rpc.announce_stop()
         try:
             await asyncio.gather(attached.aclose(), manager.stop(drain_seconds=config.drain_seconds))
         finally:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,9 @@ def test_ls_lists_every_model_with_its_state(paddock: Paddock) -> None:
     result = paddock("ls")
 
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["MODEL", "STATE", "SIZE", "PARAMETERS", "QUANTIZATION", "CONTEXT"]
+    assert lines[0] == [
+        *("MODEL", "STATE", "SIZE", "MEMORY", "PARAMETERS", "QUANTIZATION", "CONTEXT", "USED")
+    ]
     assert [line[0] for line in lines[1:]] == ["broken", "cold", "endless", "stuck", "tiny"]
     assert lines[1][1:3] == ["failed", "(WORKER_CRASHED)"]
     assert (result.exit_code, result.stderr) == (ExitCode.OK, "")
@@ -60,6 +64,31 @@ def test_ps_lists_models_with_a_worker_only(paddock: Paddock) -> None:
     lines = paddock("ps").stdout.splitlines()
 
     assert [line.split()[0] for line in lines[1:]] == ["endless", "tiny"]
+
+
+def test_ps_shows_memory_requests_restarts_expiry_and_use(paddock: Paddock, server: FakeServer) -> None:
+    tiny = server.manager.models["tiny"]
+    tiny.worker.active_request_count, tiny.worker.queued_request_count = 3, 2
+    tiny.worker.restart_count = 1
+    tiny.last_use_time.FromSeconds(int(time.time()) - 90)
+    tiny.expire_time.FromSeconds(int(time.time()) + 3 * 86_400 + 60)
+
+    header, _, line = paddock("ps").stdout.splitlines()
+
+    assert re.split(r"\s{3,}", header.strip()) == [
+        *("MODEL", "STATE", "MEMORY", "ACTIVE", "QUEUED", "KV CACHE", "RESTARTS", "EXPIRES", "USED")
+    ]
+    cells = re.split(r"\s{3,}", line.strip())
+    assert cells[:8] == ["tiny", "loaded", "50.0 MB", "3", "2", "0 of 512", "1", "in 3 days"]
+    assert re.fullmatch(r"1 min \d+ s ago", cells[8])
+
+
+@pytest.mark.parametrize("command", ["ls", "ps"])
+def test_wide_lists_say_more(paddock: Paddock, command: str) -> None:
+    narrow, wide = paddock(command).stdout.splitlines()[0], paddock(command, "--wide").stdout.splitlines()[0]
+
+    assert wide.startswith(narrow.strip())
+    assert len(wide.split()) > len(narrow.split())
 
 
 def test_json_lists_hold_what_the_client_knows(paddock: Paddock) -> None:
@@ -267,6 +296,7 @@ CLIENT_COMMANDS = [
     ("load", "tiny"),
     ("unload", "tiny"),
     ("logs", "tiny"),
+    ("watch", "tiny"),
     ("tokenize", "tiny", "text"),
     ("run", "tiny", "Hi"),
     ("chat", "tiny"),

@@ -7,8 +7,18 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from paddock.cli import listing
 from paddock.cli.facts import facts
-from paddock.cli.output import ago_text, bytes_text, count_text, plain, seconds_text
+from paddock.cli.output import (
+    ago_text,
+    bytes_text,
+    count_text,
+    plain,
+    seconds_text,
+    shortened,
+    table,
+    until_text,
+)
 from paddock.cli.progress import LABELS, BarView, LineView, Meter, load_view
 from paddock.convert import model
 from paddock.types import Failure, HuggingFaceSource, LoadProgress, ProgressKind, Stage
@@ -93,6 +103,64 @@ def test_times_are_told_as_ages() -> None:
     assert ago_text(None) == "-"
     assert ago_text(START, START + timedelta(seconds=90)) == "1 min 30 s ago"
     assert ago_text(START, START - timedelta(seconds=5)) == "0 ms ago"  # clocks differ
+
+
+def test_times_to_come_are_told_as_waits() -> None:
+    assert until_text(None) == "-"
+    assert until_text(START, START - timedelta(seconds=90)) == "in 1 min 30 s"
+    assert until_text(START, START + timedelta(seconds=5)) == "now"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("tiny", "tiny"),
+        ("sixteen-columns!", "sixteen-columns!"),
+        ("qwen2.5-coder-7b-instruct-q4_k_m", "qwen2.5…t-q4_k_m"),
+        ("模型模型模型模型模型", "模型模…模型模型"),
+    ],
+)
+def test_a_long_name_loses_its_middle(name: str, shown: str) -> None:
+    text = shortened(name, 16)
+
+    assert str(text) == shown
+    assert text.cell_len <= 16
+
+
+def test_long_names_give_way_and_the_other_columns_stay_whole() -> None:
+    out = console()  # 100 columns
+    names = ["tiny", "a-model-with-a-name-that-never-seems-to-come-to-an-end-" * 3 + "q4_k_m"]
+    models = [
+        model(
+            model_pb2.Model(
+                id=name, state=model_pb2.MODEL_STATE_LOADED, worker=model_pb2.Worker(resident_bytes=5 * 10**7)
+            )
+        )
+        for name in names
+    ]
+    out.print(table(listing.PS, listing.rows(models, listing.PS), width=out.width))
+
+    header, first, second = written(out)
+    assert header.split() == " ".join(listing.PS).split()
+    assert all(len(line.rstrip()) <= 100 for line in (header, first, second))
+    assert second.split()[1:] == first.split()[1:]
+    assert second.split()[0].endswith("q4_k_m")
+
+
+@pytest.mark.parametrize("columns", [listing.LS, listing.LS_WIDE, listing.PS, listing.PS_WIDE])
+def test_every_column_has_something_to_show_for_a_model_of_which_nothing_is_known(
+    columns: tuple[str, ...],
+) -> None:
+    bare = model(model_pb2.Model(id="bare", state=model_pb2.MODEL_STATE_UNLOADED))
+
+    (row,) = listing.rows([bare], columns)
+    shown = dict(zip(columns, map(str, row), strict=True))
+    assert (shown.pop("MODEL"), shown.pop("STATE"), shown.pop("SIZE", "0 B")) == ("bare", "unloaded", "0 B")
+    assert set(shown.values()) == {"-"}
+
+
+def test_every_column_is_in_a_list() -> None:
+    assert set(listing.COLUMNS) == {*listing.LS_WIDE, *listing.PS_WIDE}
 
 
 def test_json_has_no_types_of_ours() -> None:

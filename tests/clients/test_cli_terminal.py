@@ -122,3 +122,21 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(server: FakeServer) -> 
         run.stdout.close()
         assert run.stderr.read() == b""
         assert run.wait(WAY_OUT_SECONDS) == ExitCode.FAILED
+
+
+def test_a_long_name_does_not_break_a_table(server: FakeServer) -> None:
+    name = "a-model-with-a-name-that-never-seems-to-come-to-an-end-" * 2 + "q4_k_m"
+    server.manager.models = {name: server.manager.models["tiny"]}
+    server.manager.models[name].id = name
+
+    with terminal(server.target, "ps") as ps:
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in ps.read_to_end().splitlines()]
+        assert ps.exit_code() == ExitCode.OK
+    with terminal(server.target, "ps", "--wide") as wide:
+        whole = wide.read_to_end()
+        assert wide.exit_code() == ExitCode.OK
+
+    assert [len(line.rstrip()) <= 100 for line in lines] == [True, True]
+    assert lines[0].split()[-1] == "USED"
+    assert re.match(r"a-model\S+…\S+q4_k_m   loaded   50\.0 MB ", lines[1])
+    assert name in whole

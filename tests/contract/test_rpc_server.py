@@ -78,7 +78,7 @@ async def test_health_watch_sees_the_server_going(server: RpcServer) -> None:
         stub = HEALTH.HealthStub(channel)
         watch: Any = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         first = await watch.read()
-        await server.announce_stop()
+        server.announce_stop()
         second = await watch.read()
         watch.cancel()
 

@@ -17,9 +17,11 @@ import pytest
 
 from paddock.v1 import model_manager_pb2
 from paddock_server.worker.framing import PROTOCOL_VERSION, FrameDecoder, encode_frame
+from paddock_server.worker.process import HEARTBEAT_SECONDS
 from paddock_server.worker.v1 import worker_pb2
 from tests.integration.engines import request
 from tests.models import WRONG_MODELS
+from tests.models.bench import make_bench_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -228,6 +230,19 @@ def test_heartbeats_come_while_idle_and_while_computing(noise: Path) -> None:
                 beats.append(frame.heartbeat)
         assert beats[-1].kv_cache_total_tokens == 2048
         assert beats[-1].step_count > 0
+
+
+def test_heartbeats_come_in_the_middle_of_a_decode_that_is_longer_than_their_interval(tmp_path: Path) -> None:
+    (path,) = make_bench_model(tmp_path / "bench.gguf")
+    with worker() as peer:
+        peer.load(path, context_size_tokens=8192, batch_size_tokens=8192)
+        peer.start(1, request("abc " * 3000, stop={"maxTokens": 1}))
+        beats: list[worker_pb2.Heartbeat] = []
+        while not any(beat.step_milliseconds > HEARTBEAT_SECONDS * 1000 for beat in beats):
+            frame = peer.next_of_any_kind()
+            assert not frame.step.updates or not frame.step.updates[0].HasField("finished"), beats
+            if frame.HasField("heartbeat"):
+                beats.append(frame.heartbeat)
 
 
 def test_cancel_stops_a_generation_and_frees_its_slot(noise: Path) -> None:

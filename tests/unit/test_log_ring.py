@@ -156,6 +156,25 @@ async def test_followers_do_not_hold_each_other_up() -> None:
     assert (texts_of(batch), batch.dropped_line_count) == (["d", "e"], 3)
 
 
+async def test_a_follower_of_a_model_that_is_gone_reads_the_rest_and_ends() -> None:
+    ring = LogRing()
+    ring.extend([line("a")])
+    seen: list[str] = []
+
+    async def follow() -> None:
+        async for batch in ring.subscribe():
+            seen.extend(one.text for one in batch.lines)
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0)
+    ring.extend([line("b")])
+    ring.close()
+    await asyncio.wait_for(following, 10)
+    await asyncio.wait_for(follow(), 10)
+
+    assert seen == ["a", "b", "a", "b"]
+
+
 async def test_a_follower_that_goes_away_leaves_nothing_behind() -> None:
     ring = LogRing()
     waiting = asyncio.ensure_future(anext(ring.subscribe()))

@@ -465,7 +465,7 @@ class ModelManager:
         return [self._actors[model].snapshot() for model in sorted(self._actors)]
 
     def _vanished(self, model: str) -> None:
-        del self._actors[model]
+        self._actors.pop(model).log_ring.close()
         self._tasks.pop(model).cancel()
         self._changes.deleted(model)
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
+from paddock_server.rpc.health import SERVING, HealthServicer, follow_models
 from paddock_server.rpc.interceptor import CallInterceptor
 from paddock_server.rpc.multiplex import GenerationStreams
 from paddock_server.rpc.servicer import ModelManagerServicer
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
     from paddock.api import ModelManagerApi
+
+log: FilteringBoundLogger = structlog.get_logger()
 
 MAX_RECEIVE_BYTES: Final = 16 * 1024 * 1024
 """Room for a long conversation with images in one request."""
@@ -48,7 +55,9 @@ class RpcServer:
 
     def __init__(self, service: ModelManagerApi, *, host: str, port: int, with_reflection: bool) -> None:
         self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._service = service
+        self._health = HealthServicer()
+        self._follower: asyncio.Task[None] | None = None
         self._streams = GenerationStreams(service)
         servicer = ModelManagerServicer(service, self._streams)
         model_manager_pb2_grpc.add_ModelManagerServicer_to_server(servicer, self._server)
@@ -71,13 +80,24 @@ class RpcServer:
         """Accept calls, and say so in the health service."""
         await self._server.start()
         for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(name, SERVING)
+        self._follower = asyncio.create_task(follow_models(self._service, self._health), name="model-health")
+        self._follower.add_done_callback(_log_bug)
 
-    async def announce_stop(self) -> None:
+    def announce_stop(self) -> None:
         """Turn every service's health to NOT_SERVING, for good, and end shared streams once they are idle."""
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         self._streams.drain()
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, let running ones end for that long, then cancel them."""
         await self._server.stop(grace_seconds)
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait({self._follower})
+
+
+def _log_bug(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.critical("task_bug", task=task.get_name(), exc_info=error)

@@ -71,6 +71,7 @@ class LogRing:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._end = 0
+        self._closed = False
         self._waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -91,6 +92,14 @@ class LogRing:
             self._end += 1
         while len(self._lines) > self._max_lines or self._bytes > self._max_bytes:
             self._bytes -= self._lines.popleft().size_bytes
+        self._wake()
+
+    def close(self) -> None:
+        """Have followers end once they have read what there is: the model is gone, nobody will write more."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -119,14 +128,14 @@ class LogRing:
         """Read batches from the newest `tail_line_count` lines on; 0 begins with the first line there ever
         was.
 
-        With `follow` it never ends by itself; otherwise it ends when every line has been read.
+        With `follow` it ends when the ring is closed; otherwise when every line has been read.
         """
         start = max(0, self._end - tail_line_count) if tail_line_count else 0
         return LogFollower(self, start, follow=follow)
 
     async def wait_for(self, number: int) -> None:
-        """Wait until the line with that number has been written."""
-        while self._end <= number:
+        """Wait until the line with that number has been written, or the ring is closed."""
+        while self._end <= number and not self._closed:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:
@@ -152,6 +161,8 @@ class LogFollower:
             if not self._follow:
                 raise StopAsyncIteration
             await self._ring.wait_for(self._next)
+            if self._next >= self._ring.end:
+                raise StopAsyncIteration
         batch = self._ring.read(self._next)
         self._next += batch.dropped_line_count + len(batch.lines)
         return batch

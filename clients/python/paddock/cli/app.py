@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, models, talk
+from paddock.cli import daemons, doctor, models, talk, watch
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -53,6 +53,10 @@ for command in (
     models.tokenize,
 ):
     app.command(rich_help_panel=_MODELS)(command)
+app.command(rich_help_panel=_MODELS)(watch.watch)
+
+
+app.command(rich_help_panel=_OTHER)(doctor.doctor)
 
 
 @app.command(rich_help_panel=_OTHER)

@@ -140,7 +140,7 @@ def _with_flags(command: Callable[..., None], shared_flags: Mapping[str, Any]) -
 @with_flags({**SERVER_FLAGS, **HTTP_FLAGS})
 def up(flags: Mapping[str, object], config: ConfigOption = None) -> None:
     """Serve models over gRPC and HTTP, in one process. Stops with Ctrl-C or SIGTERM."""
-    with _extras("up", "server,gateway"):
+    with require_extras("up", "server,gateway"):
         from paddock_gateway.app import GatewayOptions
         from paddock_gateway.serve import ListenError, serve
         from paddock_server.app import StartError, run
@@ -173,7 +173,7 @@ def up(flags: Mapping[str, object], config: ConfigOption = None) -> None:
 @with_flags(SERVER_FLAGS)
 def serve(flags: Mapping[str, object], config: ConfigOption = None) -> None:
     """Serve models over gRPC alone. Stops with Ctrl-C or SIGTERM."""
-    with _extras("serve", "server"):
+    with require_extras("serve", "server"):
         from paddock_server.app import run
 
         _require_llama_cpp()
@@ -198,7 +198,7 @@ def gateway(
     ] = "auto",
 ) -> None:
     """Serve HTTP in front of a server elsewhere. Stops with Ctrl-C or SIGTERM."""
-    with _extras("gateway", "gateway"):
+    with require_extras("gateway", "gateway"):
         from paddock_gateway.app import GatewayOptions
         from paddock_gateway.serve import ListenError, serve
         from paddock_server.logs import configure_logging
@@ -240,7 +240,7 @@ def _start_errors() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _extras(command: str, extras: str) -> Generator[None]:
+def require_extras(command: str, extras: str) -> Generator[None]:
     """Turn a missing dependency into a sentence that says how to install it."""
     try:
         yield

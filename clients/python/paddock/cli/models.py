@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paddock.cli import output
+from paddock.cli import listing, output
 from paddock.cli.facts import facts
-from paddock.cli.output import ago_text, bytes_text, count_text, note, results, seconds_text, write_json
+from paddock.cli.output import note, results, seconds_text, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import (
     DEFAULT_SERVER,
@@ -25,59 +26,39 @@ from paddock.requests import ConflictPolicy  # noqa: TC001  # typer reads the an
 from paddock.types import Model, ModelState, RuntimeOptions
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from paddock.client import Client
+    from paddock.types import LogLine
+
+WideOption = Annotated[bool, typer.Option("--wide", help="More columns, and names whole.")]
 
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 """States without a worker."""
 
 
-def ls(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+def ls(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False, wide: WideOption = False) -> None:
     """List the models of the server."""
     models = call(server, lambda client: client.list())
-    if as_json:
-        write_json(models, indent=2)
-        return
-    if not models:
+    if not models and not as_json:
         note("The server has no models. Put a GGUF file into a directory of its --models-dir.")
         return
-    results().print(
-        output.table(
-            ("MODEL", "STATE", "SIZE", "PARAMETERS", "QUANTIZATION", "CONTEXT"),
-            [
-                (
-                    model.id,
-                    _state(model),
-                    bytes_text(model.size_bytes),
-                    count_text(model.info.parameter_count) if model.info else "-",
-                    (model.info.quantization or "-") if model.info else "-",
-                    str(model.info.trained_context_tokens) if model.info else "-",
-                )
-                for model in models
-            ],
-        )
-    )
+    _write_list(models, listing.LS_WIDE if wide else listing.LS, as_json=as_json, wide=wide)
 
 
-def ps(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+def ps(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False, wide: WideOption = False) -> None:
     """List the models that have a worker process."""
     models = [model for model in call(server, lambda client: client.list()) if model.state not in _AT_REST]
+    if not models and not as_json:
+        note("No model is loaded. Load one with `paddock load MODEL`; `paddock ls` lists them.")
+        return
+    _write_list(models, listing.PS_WIDE if wide else listing.PS, as_json=as_json, wide=wide)
+
+
+def _write_list(models: Sequence[Model], columns: Sequence[str], *, as_json: bool, wide: bool) -> None:
     if as_json:
         write_json(models, indent=2)
         return
-    if not models:
-        note("No model is loaded. Load one with `paddock load MODEL`; `paddock ls` lists them.")
-        return
-    results().print(
-        output.table(
-            ("MODEL", "STATE", "PID", "MEMORY", "ACTIVE", "QUEUED", "KV CACHE", "RESTARTS", "USED"),
-            [
-                (model.id, _state(model), *_worker_cells(model), ago_text(model.last_use_time))
-                for model in models
-            ],
-        )
-    )
+    console = results(wide=wide)
+    console.print(output.table(columns, listing.rows(models, columns), width=console.width))
 
 
 def show(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
@@ -226,11 +207,17 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
     tail: Annotated[int, typer.Option(min=0, help="Newest lines to start with; 0: all there are.")] = 0,
     as_json: JsonOption = False,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", "-t", help="Put the time each line was read before it.")
+    ] = False,
 ) -> None:
-    """Show what the workers of a model wrote to their standard error."""
+    """Show what the workers of a model wrote to their standard error, earlier workers included.
+
+    With --follow, go on with new lines, also of workers that are yet to start, until Ctrl-C.
+    """
 
     async def work(client: Client) -> None:
-        dropped = 0
+        dropped = pid = 0
         async with client.logs(model, tail=tail, follow=follow) as stream:
             async for line in stream:
                 if stream.dropped_line_count > dropped:
@@ -238,10 +225,19 @@ def logs(
                     dropped = stream.dropped_line_count
                 if as_json:
                     write_json(line)
-                else:
-                    output.write(line.text + "\n")
+                    continue
+                if pid not in {0, line.pid}:
+                    note(f"--- worker {line.pid} ---", style="dim")
+                pid = line.pid
+                output.write(f"{_line_time(line)}{line.text}\n" if timestamps else f"{line.text}\n")
 
     call(server, work)
+
+
+def _line_time(line: LogLine) -> str:
+    if line.read_time is None:
+        return ""
+    return line.read_time.astimezone().isoformat(sep=" ", timespec="milliseconds") + "  "
 
 
 def tokenize(
@@ -277,29 +273,9 @@ def tokenize(
         output.write(f"{token_id}\t{_piece_text(piece)}\n")
 
 
-def _state(model: Model) -> Text:
-    failed = model.state is ModelState.FAILED and model.last_failure
-    return output.state_text(model.state, model.last_failure.reason if failed and model.last_failure else "")
-
-
 def _piece_text(piece: bytes) -> str:
     """Quote a token; half a character has no text, so its bytes are shown."""
     try:
         return json.dumps(piece.decode(), ensure_ascii=False)
     except UnicodeDecodeError:
         return repr(piece)
-
-
-def _worker_cells(model: Model) -> tuple[str, ...]:
-    worker = model.worker
-    if worker is None:
-        return ("-",) * 6
-    used = f"{worker.kv_cache_used_tokens} of {worker.kv_cache_total_tokens}"
-    return (
-        str(worker.pid),
-        bytes_text(worker.resident_bytes),
-        str(worker.active_request_count),
-        str(worker.queued_request_count),
-        used if worker.kv_cache_total_tokens else "-",
-        str(worker.restart_count),
-    )

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, cast
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,9 +31,17 @@ _STATE_STYLES: Final[Mapping[ModelState, str]] = {
 }
 
 
-def results() -> Console:
-    """Return the console for results. Plain text unless it is a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+_LEAST_NAME: Final = 16
+"""Columns a name keeps when the terminal is narrow."""
+
+_GAP: Final = 3
+"""Between the columns of a table."""
+
+
+def results(*, wide: bool = False) -> Console:
+    """Return the console for results. Plain text unless it is a terminal; as wide as the terminal unless
+    told otherwise."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() and not wide else _WIDE)
 
 
 def notes() -> Console:
@@ -82,14 +91,33 @@ def as_object(value: DataclassInstance) -> dict[str, object]:
     return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
-    """Return a table without lines, as `docker ps` has it."""
-    result = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width: int) -> Table:
+    """Return a table without lines, as `docker ps` has it. The names in its first column give way when it
+    would be wider than `width`, so that the others stay whole."""
+    cells = [list(row) for row in rows]
+    rest = sum(
+        _GAP + max(cell_len(str(cell)) for cell in (name, *(row[index] for row in cells)))
+        for index, name in enumerate(header)
+        if index > 0
+    )
+    result = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for name in header:
         result.add_column(name, no_wrap=True)
-    for row in rows:
-        result.add_row(*row)
+    for first, *others in cells:
+        result.add_row(shortened(str(first), max(width - rest, _LEAST_NAME)), *others)
     return result
+
+
+def shortened(name: str, width: int) -> Text:
+    """Return a name in at most `width` columns. What is left out is its middle: models of a family differ at
+    the end."""
+    if cell_len(name) <= width:
+        return Text(name)
+    head, tail = (width - 1) // 2, width - 1 - (width - 1) // 2
+    start = len(name)
+    while cell_len(name[start - 1 :]) <= tail:
+        start -= 1
+    return Text(set_cell_size(name, head).rstrip() + "…" + name[start:])
 
 
 def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
@@ -146,3 +174,11 @@ def ago_text(time: datetime | None, now: datetime | None = None) -> str:
         return "-"
     seconds = ((now or datetime.now(UTC)) - time).total_seconds()
     return f"{seconds_text(max(seconds, 0))} ago"
+
+
+def until_text(time: datetime | None, now: datetime | None = None) -> str:
+    """Return how long it is until something; "-" when it will never be."""
+    if time is None:
+        return "-"
+    seconds = (time - (now or datetime.now(UTC))).total_seconds()
+    return f"in {seconds_text(seconds)}" if seconds > 0 else "now"

@@ -1,0 +1,278 @@
+"""Facts about this machine and this installation. Everything here may block; `examine` bounds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+import psutil
+
+from paddock_server.catalog import Catalog
+from paddock_server.doctor.findings import (
+    UNLIMITED,
+    Build,
+    Cpu,
+    Disk,
+    Gpu,
+    Hub,
+    Memory,
+    Models,
+    StateDirectory,
+    Versions,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+DESCRIBE_SECONDS: Final = 20.0
+"""For a child that loads llama.cpp; a GPU's driver takes seconds on its first use."""
+
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+_GPU_TRACES: Final[Mapping[str, str]] = {
+    "/proc/driver/nvidia/gpus": "NVIDIA",
+    "/dev/nvidia0": "NVIDIA",
+    "/dev/kfd": "AMD",
+}
+"""Files the drivers of accelerators make."""
+
+
+class LlamaError(Exception):
+    """llama.cpp cannot be loaded; the message says how that ended."""
+
+
+def versions() -> Versions:
+    """Return what is installed."""
+    return Versions(
+        python=".".join(str(part) for part in sys.version_info[:3]),
+        paddock=metadata.version("paddock"),
+        grpcio=metadata.version("grpcio"),
+        llama_cpp=_version_of("llama-cpp-python"),
+        llama_cpp_wanted=_pinned(metadata.requires("paddock") or (), "llama-cpp-python"),
+    )
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _pinned(requirements: Iterable[str], name: str) -> str | None:
+    """Return the one version a requirement allows; None without such a pin."""
+    for requirement in requirements:
+        match = re.match(rf"{re.escape(name)}\s*==\s*([^\s;,]+)", requirement)
+        if match is not None:
+            return match[1]
+    return None
+
+
+def build(
+    command: Sequence[str] = (sys.executable, "-P", "-m", "paddock_server.worker.describe"),
+) -> Build:
+    """Ask a child process what llama.cpp is.
+
+    Raises:
+        LlamaError: it does not load, or takes too long.
+    """
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DESCRIBE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"loading it took longer than {DESCRIBE_SECONDS:g} s"
+        raise LlamaError(message) from error
+    try:
+        said: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        message = f"loading it ended with {ended}: {lines[-1][:400]}"
+        raise LlamaError(message) from error
+    return Build(
+        system_info=said["system_info"],
+        gpu_offload=said["gpu_offload"],
+        gpus=tuple(Gpu(**device) for device in said["devices"] if device["name"] != "CPU"),
+        cpu_flags=_cpu_flags(),
+        gpu_hardware=tuple(sorted({name for path, name in _GPU_TRACES.items() if Path(path).exists()})),
+    )
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def cpu() -> Cpu:
+    """Return the processors this process may use."""
+    logical = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return Cpu(
+        logical=logical,
+        physical=psutil.cpu_count(logical=False),
+        allowed=len(affinity(0)) if affinity is not None else logical,
+        quota=cpu_quota(cgroup_directories("cpu")),
+    )
+
+
+def memory() -> Memory:
+    """Return the RAM this process may use."""
+    ram = psutil.virtual_memory()
+    return Memory(ram.total, ram.available, memory_limit(cgroup_directories("memory")))
+
+
+def cgroup_directories(controller: str, root: Path = _CGROUP_ROOT, text: str | None = None) -> list[Path]:
+    """Return the directories of this process's cgroup for a controller, the innermost first: every level
+    limits. Empty where there are no cgroups. `text` is the content of /proc/self/cgroup by default."""
+    if text is None:
+        try:
+            text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+        except OSError:
+            return []
+    found: list[Path] = []
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top = root
+        elif controller in controllers.split(","):
+            top = root / controller
+        else:
+            continue
+        # In a container the path may be the host's. Levels that are not here have nothing to read, and the
+        # top is the container's own group.
+        inner = top / path.lstrip("/")
+        found += [level for level in (inner, *inner.parents) if level.is_relative_to(top)]
+    return found
+
+
+def memory_limit(directories: Iterable[Path]) -> int | None:
+    """Return the smallest memory limit of these cgroups in bytes; None without one."""
+    values = (
+        _read(directory / name)
+        for directory in directories
+        for name in ("memory.max", "memory.limit_in_bytes")
+    )
+    # Version 1 says "no limit" with a number next to 2**63.
+    limits = [int(value) for value in values if value.isdigit() and int(value) < 2**60]
+    return min(limits, default=None)
+
+
+def cpu_quota(directories: Iterable[Path]) -> float | None:
+    """Return the smallest quota of these cgroups in processors; None without one."""
+    quotas: list[float] = []
+    for directory in directories:
+        parts = _read(directory / "cpu.max").split() or [
+            _read(directory / "cpu.cfs_quota_us"),
+            _read(directory / "cpu.cfs_period_us"),
+        ]
+        if all(part.isdigit() for part in parts) and int(parts[1]) > 0:
+            quotas.append(int(parts[0]) / int(parts[1]))
+    return min(quotas, default=None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:  # this level has no such limit
+        return ""
+
+
+def limits() -> tuple[int, int]:
+    """Return the soft limits of open files and of locked bytes, `UNLIMITED` for none."""
+    values = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    files, locked = (UNLIMITED if value == resource.RLIM_INFINITY else value for value in values)
+    return files, locked
+
+
+def models(directories: tuple[Path, ...]) -> Models:
+    """Return what the directories hold. Raises `CatalogError` when one cannot be listed."""
+    entries = Catalog(directories).scan().values()
+    return Models(
+        directories=tuple(str(directory) for directory in directories),
+        count=len(entries),
+        broken={entry.id: entry.problem.message for entry in entries if entry.problem is not None},
+        largest_bytes=max((entry.size_bytes for entry in entries if entry.problem is None), default=0),
+    )
+
+
+def state_directory(path: Path | None) -> StateDirectory | None:
+    """Return whether the state directory can be written; None when it is turned off."""
+    return None if path is None else StateDirectory(str(path), write_fault(path))
+
+
+def write_fault(directory: Path) -> str:
+    """Return why files cannot be made in a directory, or empty. Where there is none yet, in the nearest one
+    above, which it would be made in. Leaves nothing behind."""
+    existing = nearest(directory)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        where = "" if existing == directory else f"{existing}: "
+        return f"{where}{error.strerror or error}"
+
+
+def nearest(path: Path) -> Path:
+    """Return the path, or the nearest one above that exists."""
+    path = path.absolute()
+    return next((level for level in (path, *path.parents) if level.exists()), path)
+
+
+def disks(places: Iterable[tuple[str, Path]]) -> list[Disk]:
+    """Return the file systems that places, with what they hold, lie on; each once."""
+    found: dict[int, Disk] = {}
+    for holds, path in places:
+        existing = nearest(path)
+        device = existing.stat().st_dev
+        known = found.get(device)
+        if known is None:
+            usage = shutil.disk_usage(existing)
+            found[device] = Disk((holds,), str(existing), usage.free, usage.total)
+        elif holds not in known.holds:
+            found[device] = Disk((*known.holds, holds), known.path, known.free_bytes, known.total_bytes)
+    return list(found.values())
+
+
+def hub_cache() -> Path:
+    """Return where huggingface_hub keeps models."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def hub() -> Hub:
+    """Return the settings of huggingface_hub. The token itself is not looked at."""
+    from huggingface_hub import constants
+
+    variable = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), "")
+    file = Path(constants.HF_TOKEN_PATH)
+    return Hub(
+        endpoint=without_credentials(constants.ENDPOINT),
+        offline=constants.HF_HUB_OFFLINE,
+        cache=str(hub_cache()),
+        cache_fault=write_fault(hub_cache()),
+        token_from=variable or (str(file) if file.is_file() else ""),
+    )
+
+
+def without_credentials(url: str) -> str:
+    """Return an address without a user and a password in it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "not an address"
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

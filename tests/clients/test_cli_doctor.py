@@ -1,0 +1,122 @@
+"""`paddock doctor` from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from paddock.cli.failures import ExitCode
+from tests.models import make_noise
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from tests.servers import ServerProcess
+
+SECRET = "hf_never_to_be_seen"
+
+
+def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paddock", "doctor", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def by_area(done: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, str]]]:
+    report: dict[str, Any] = json.loads(done.stdout)
+    areas: dict[str, list[dict[str, str]]] = {}
+    for finding in report["findings"]:
+        areas.setdefault(finding["area"], []).append(finding)
+    return areas
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    models = tmp_path / "models"
+    models.mkdir()
+    make_noise(models / "good.gguf")
+    (models / "broken.gguf").write_bytes(b"no model")
+    return models
+
+
+@pytest.fixture
+def taken_port() -> Generator[int]:
+    """A port where somebody listens and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_without_a_server_and_without_a_problem_it_explains_what_it_sees(
+    directory: Path, tmp_path: Path
+) -> None:
+    done = doctor(
+        *("--json", "--models-dir", str(directory), "--state-dir", str(tmp_path / "state")),
+        *("--grpc-port", "0", "--port", "0", "--server", "127.0.0.1:1"),
+        HF_TOKEN=SECRET,
+        HF_ENDPOINT=f"https://me:{SECRET}@hub.local",
+        HF_HOME=str(tmp_path / "hub"),
+    )
+
+    areas = by_area(done)
+    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+    assert list(areas) == [
+        *("versions", "llama.cpp", "gpu", "cpu", "models", "memory", "limits", "state", "disk", "hub"),
+        *("ports", "server"),
+    ]
+    assert [finding["level"] for finding in areas["models"]] == ["ok", "warning"]
+    assert "'broken' cannot be loaded: broken.gguf" in areas["models"][1]["message"]
+    assert "https://hub.local, online, a token from HF_TOKEN" in areas["hub"][0]["message"]
+    assert SECRET not in done.stdout
+    assert not (tmp_path / "state").exists()
+    assert areas["server"] == [
+        {"area": "server", "level": "ok", "message": "none answers at 127.0.0.1:1", "advice": ""}
+    ]
+
+
+def test_a_port_somebody_else_has_is_a_problem_with_its_flag_and_the_exit_code_says_so(
+    directory: Path, taken_port: int
+) -> None:
+    done = doctor("--models-dir", str(directory), "--port", str(taken_port), "--grpc-port", "0")
+
+    lines = done.stdout.splitlines()
+    index = next(index for index, line in enumerate(lines) if "PROBLEM" in line)
+    assert done.returncode == ExitCode.FAILED
+    assert f"HTTP 127.0.0.1:{taken_port} is taken by something that is not Paddock" in lines[index]
+    assert "Choose another with --port" in lines[index + 1]
+    assert done.stderr.startswith("1 problem, ")
+
+
+def test_a_setting_that_is_wrong_is_a_problem_and_the_rest_is_seen_with_the_defaults(tmp_path: Path) -> None:
+    done = doctor("--json", "--models-dir", str(tmp_path / "none"), "--grpc-port", "0")
+
+    areas = by_area(done)
+    assert done.returncode == ExitCode.FAILED
+    assert "--models-dir" in areas["settings"][0]["message"]
+    assert "models" in areas
+
+
+def test_a_running_server_is_told_from_other_programs_and_asked_how_it_is(real_server: ServerProcess) -> None:
+    grpc_port, http_port = (
+        address.rpartition(":")[2] for address in (real_server.grpc_address, real_server.http_address)
+    )
+    done = doctor(
+        "--json", "--grpc-port", grpc_port, "--port", http_port, "--server", real_server.grpc_address
+    )
+
+    areas = by_area(done)
+    assert [finding["level"] for finding in areas["ports"]] == ["ok", "ok"], areas["ports"]
+    assert all("Paddock" in finding["message"] for finding in areas["ports"])
+    assert areas["server"][0]["level"] == "ok"
+    assert real_server.grpc_address in areas["server"][0]["message"]
