@@ -64,6 +64,16 @@ def make_dense(path: Path, file_type: LlamaFileType = LlamaFileType.MOSTLY_Q8_0)
     return _write_decoder(path, "llama", sizes, keys, _transformer(sizes), file_type)
 
 
+def make_narrow_heads(path: Path, file_type: LlamaFileType = LlamaFileType.MOSTLY_Q8_0) -> list[Path]:
+    """Write a llama whose heads are narrower than the blocks of a quantised cache."""
+    sizes = Sizes(layers=1, embedding=64, feed_forward=64, heads=4, heads_kv=4, head=16)
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_rope_dimension_count(sizes.head)
+
+    return _write_decoder(path, "llama", sizes, keys, _transformer(sizes), file_type)
+
+
 def make_wide_heads(path: Path, file_type: LlamaFileType = LlamaFileType.MOSTLY_Q8_0) -> list[Path]:
     """Write a qwen3 whose heads are wider than its embedding divided by their number."""
     sizes = Sizes(head=128)
@@ -114,7 +124,10 @@ def make_recurrent(path: Path, file_type: LlamaFileType = LlamaFileType.MOSTLY_Q
     inner = 2 * embedding
     noise = _Noise(5)
     ones = np.ones(embedding, np.float32)
-    tensors: dict[str, Floats] = {"token_embd.weight": noise(VOCABULARY, embedding), "output_norm.weight": ones}
+    tensors: dict[str, Floats] = {
+        "token_embd.weight": noise(VOCABULARY, embedding),
+        "output_norm.weight": ones,
+    }
     for layer in range(layers):
         prefix = f"blk.{layer}."
         tensors |= {

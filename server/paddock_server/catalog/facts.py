@@ -80,7 +80,7 @@ class ModelFacts:
     file_type: int | None
     split: Split | None
     hyperparameters: Mapping[str, PerBlock] = field(default_factory=dict[str, PerBlock])
-    weights: Weights = Weights()
+    weights: Weights = field(default_factory=Weights)
     merge_count: int = 0
 
 
@@ -191,7 +191,9 @@ class _Keys:
             if isinstance(value, int) and 0 <= value <= _MAX_INT32:
                 found[key[len(prefix) :]] = int(value)
             elif isinstance(value, tuple):
-                whole = tuple(int(part) for part in value if isinstance(part, int) and 0 <= part <= _MAX_INT32)
+                whole = tuple(
+                    int(part) for part in value if isinstance(part, int) and 0 <= part <= _MAX_INT32
+                )
                 if len(whole) == len(value):
                     found[key[len(prefix) :]] = whole
         return found

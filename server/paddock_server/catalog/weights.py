@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from paddock_server.catalog.gguf import TensorInfo
+if TYPE_CHECKING:
+    from paddock_server.catalog.gguf import TensorInfo
 
 MAX_LAYERS: Final = 512
 """llama.cpp reads no model with more; a tensor that claims a higher layer counts as one of the output."""
@@ -42,6 +43,9 @@ class TensorGroup:
         return dict(self.widths).get(name, 0)
 
 
+_NOTHING: Final = TensorGroup()
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The tensors of a model by where they are used.
@@ -51,10 +55,10 @@ class Weights:
     logit for.
     """
 
-    input: TensorGroup = TensorGroup()
+    input: TensorGroup = _NOTHING
     layers: tuple[TensorGroup, ...] = ()
-    output: TensorGroup = TensorGroup()
-    table: TensorGroup = TensorGroup()
+    output: TensorGroup = _NOTHING
+    table: TensorGroup = _NOTHING
     output_rows: int = 0
 
     @property
@@ -86,7 +90,7 @@ def model_weights(tensors: Iterable[TensorInfo]) -> Weights:
         input=_group(inputs),
         layers=tuple(shared.setdefault(group, group) for group in groups),
         output=_group(outputs),
-        table=TensorGroup() if head else _group(table, are_products=True),
+        table=_NOTHING if head else _group(table, are_products=True),
         output_rows=rows[0] if rows else 0,
     )
 
@@ -105,7 +109,7 @@ def merged_weights(shards: Sequence[Weights]) -> Weights:
         input=_merged([shard.input for shard in shards]),
         layers=layers,
         output=output,
-        table=TensorGroup() if output.width("output") else _merged([shard.table for shard in shards]),
+        table=_NOTHING if output.width("output") else _merged([shard.table for shard in shards]),
         output_rows=max(shard.output_rows for shard in shards),
     )
 

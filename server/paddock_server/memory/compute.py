@@ -197,7 +197,7 @@ class _Builder:
 
     def _recurrence(self, layer: LayerShape, normed: int) -> int:
         graph, group, sequences = self._graph, layer.weights, self._batch.sequences
-        inner = group.width("ssm_x") and group.width("ssm_dt") or group.width("ssm_in") // 2
+        inner = (group.width("ssm_x") and group.width("ssm_dt")) or group.width("ssm_in") // 2
         inner = inner or group.width("attn_qkv") or group.width("ssm_out") or 2 * self._wide
         both = graph.make(self._row(group.width("ssm_in") or 2 * inner), normed)
         past = graph.make(sequences * layer.convolution_width * _FLOAT)

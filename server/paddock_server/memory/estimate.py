@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from paddock_server.catalog import TENSOR_TYPES, repacked_bytes
+from paddock_server.catalog import TENSOR_TYPES, TensorType, repacked_bytes
 from paddock_server.memory.compute import BatchShape, compute_graph, work_bytes
 from paddock_server.memory.graph import scratch_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from paddock_server.catalog import TensorType
     from paddock_server.memory.shape import LayerShape, Shape
 
 RAM: Final = "RAM"
@@ -36,23 +35,26 @@ CACHE_TYPES: Final[Mapping[str, TensorType]] = MappingProxyType(
 )
 """The types a cache may have, by llama-server's names."""
 
-PROCESS_BYTES: Final = 74 * 1024 * 1024
+PROCESS_BYTES: Final = 30 * 1024 * 1024
 """A worker without a model: Python, its modules and the libraries of llama.cpp, as resident."""
 
 GPU_PROCESS_BYTES: Final = 512 * 1024 * 1024
 """What a driver keeps on a device for a process that computes there."""
 
-TOKEN_BYTES: Final = 290
-"""What one token of the vocabulary costs: its text twice, its place in tables, its candidate for a sampler."""
+TOKEN_BYTES: Final = 160
+"""What llama.cpp keeps of one token of the vocabulary: its text twice, and its place in tables."""
 
-MERGE_BYTES: Final = 210
-"""What one merge of a tokenizer costs."""
+MERGE_BYTES: Final = 145
+"""What llama.cpp keeps of one merge of a tokenizer."""
 
 CELL_BYTES: Final = 52
 """What llama.cpp notes down about one cell of a cache, beside its keys and values."""
 
 SLOT_TOKEN_BYTES: Final = 12
 """What a slot keeps of every token while it samples."""
+
+DEFAULT_CACHE_TYPE: Final = "f16"
+"""The type a cache has when nobody says."""
 
 _FLOAT: Final = 4
 _CELL_STEP: Final = 256
@@ -84,8 +86,10 @@ class LoadOptions:
     slot_count: int
     batch_size_tokens: int
     gpu_layer_count: int = -1
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
+    cache_type_k: str = DEFAULT_CACHE_TYPE
+    cache_type_v: str = DEFAULT_CACHE_TYPE
+    keeps_whole_windows: bool = True
+    """Whether a layer with a window keeps every cell, as the worker has llama.cpp do; else the window's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +153,10 @@ def estimate(shape: Shape, options: LoadOptions, placement: Placement | None = N
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """One context of the worker. Counts in tokens, `cells` of the cache; `pools` when it embeds."""
+    """One context of the worker. Counts in tokens; `pools` when it embeds."""
 
     cells: int
-    batch: int
+    window_cells: int
     micro_batch: int
     sequences: int
     outputs: int
@@ -226,16 +230,34 @@ class _Run:
             context = max(options.context_size_tokens or shape.trained_context_tokens, slots)
             micro = min(batch, _MICRO_BATCH_OFFLOADED if self.gpus else _MICRO_BATCH)
             key, value = CACHE_TYPES[options.cache_type_k], CACHE_TYPES[options.cache_type_v]
-            yield _Context(padded(context), min(context, batch), min(context, micro), slots, slots, key, value)
+            yield self._context(context, min(context, micro), slots, slots, key, value)
         if shape.embeds or not shape.has_memory:
             limit = min(shape.trained_context_tokens or _EMBED_TOKENS, max(_EMBED_TOKENS, batch))
-            half = CACHE_TYPES["f16"]
-            yield _Context(padded(limit), limit, limit, _EMBED_SEQUENCES, limit, half, half, pools=True)
+            half = CACHE_TYPES[DEFAULT_CACHE_TYPE]
+            yield self._context(limit, limit, _EMBED_SEQUENCES, limit, half, half, pools=True)
+
+    def _context(
+        self,
+        tokens: int,
+        micro_batch: int,
+        sequences: int,
+        outputs: int,
+        key: TensorType,
+        value: TensorType,
+        *,
+        pools: bool = False,
+    ) -> _Context:
+        cells = padded(tokens)
+        window = cells
+        if not self._options.keeps_whole_windows:
+            window = padded(min(cells, self._shape.window_tokens * sequences + micro_batch))
+        return _Context(cells, window, micro_batch, sequences, outputs, key, value, pools)
 
     def _memory(self, context: _Context) -> Iterator[tuple[str, PartKind, int]]:
         for index, layer in enumerate(self._shape.layers):
             device = self._device(index)
-            yield device, PartKind.KV_CACHE, cell_bytes(layer, context.key, context.value) * context.cells
+            cells = context.window_cells if layer.is_windowed else context.cells
+            yield device, PartKind.KV_CACHE, cell_bytes(layer, context.key, context.value) * cells
             state = layer.state_width * context.sequences * _FLOAT
             yield device, PartKind.RECURRENT_STATE, state
 
@@ -248,7 +270,7 @@ class _Run:
             sequences=sequences,
             outputs=min(tokens, context.outputs),
             cells=context.cells,
-            window_cells=context.cells,
+            window_cells=context.window_cells,
             rotates_keys=context.key.block_elements > 1,
             rotates_values=context.value.block_elements > 1,
             pools=context.pools,
@@ -285,14 +307,3 @@ def cell_bytes(layer: LayerShape, key: TensorType, value: TensorType) -> int:
     """Return the bytes one cell of the cache takes in a layer."""
     rows = ((layer.key_width, key), (layer.value_width, value))
     return sum(-(-width // kind.block_elements) * kind.block_bytes for width, kind in rows)
-
-
-def context_bytes(shape: Shape, options: LoadOptions) -> int:
-    """Return what one more step of 256 cells of context takes over all devices, at the least."""
-    key, value = CACHE_TYPES[options.cache_type_k], CACHE_TYPES[options.cache_type_v]
-    return _CELL_STEP * sum(cell_bytes(layer, key, value) for layer in shape.layers)
-
-
-def with_context(options: LoadOptions, tokens: int, slots: int) -> LoadOptions:
-    """Return the options with another context size and number of slots."""
-    return replace(options, context_size_tokens=tokens, slot_count=slots)

@@ -17,6 +17,9 @@ _KDA_CONVOLUTION: Final = 4
 _GEMMA3N_LAYERS_WITH_KEYS: Final = 20
 
 
+_NOTHING: Final = TensorGroup()
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """One layer. Widths are in elements.
@@ -27,7 +30,7 @@ class LayerShape:
     that of all query heads, `attended_width` that of what they bring back, `head_width` of one head of keys.
     """
 
-    weights: TensorGroup = TensorGroup()
+    weights: TensorGroup = _NOTHING
     key_width: int = 0
     value_width: int = 0
     is_windowed: bool = False
@@ -45,9 +48,9 @@ class LayerShape:
 class Shape:
     """A model. Widths and counts are in elements, `window_tokens` and `trained_context_tokens` in tokens.
 
-    `has_memory` is False of a model that keeps nothing between batches: it only embeds; `embeds` that it is made for
-    embeddings, with or without one. `rough` says in a
-    sentence why an estimate may be far off; it is empty where the rules are those of llama.cpp.
+    `has_memory` is False of a model that keeps nothing between batches: it only embeds; `embeds` says that it
+    is made for embeddings, with or without one. `rough` says in a sentence why an estimate may be far off; it
+    is empty where the rules are those of llama.cpp.
     """
 
     architecture: str
@@ -135,7 +138,7 @@ class _Reader:
             kept = _GEMMA3N_LAYERS_WITH_KEYS
         elif self._architecture == "gemma4":
             kept = count - self.number("attention.shared_kv_layers")
-        elif self._architecture not in {"graniteswitch"}:
+        elif self._architecture != "graniteswitch":
             trunk = count - self.number("nextn_predict_layers")
             kept = trunk if trunk > 0 else count
         return [index < kept for index in range(count)]
@@ -149,10 +152,10 @@ class _Reader:
         key, value = self._head_widths(is_windowed=is_windowed)
         attends = has_keys and self._attends(index, is_recurrent=is_recurrent)
         is_mla = bool(self.number("attention.key_length_mla"))
-        group = self._facts.weights.layers[index] if index < len(self._facts.weights.layers) else TensorGroup()
+        groups = self._facts.weights.layers
         convolution, state = self._states() if is_recurrent else (0, 0)
         return LayerShape(
-            weights=group,
+            weights=groups[index] if index < len(groups) else _NOTHING,
             key_width=heads_kv * key if attends else 0,
             value_width=heads_kv * value if attends and not is_mla else 0,
             is_windowed=is_windowed,

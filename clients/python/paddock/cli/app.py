@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, models, talk
+from paddock.cli import daemons, memory, models, talk
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -40,7 +40,16 @@ app.command(rich_help_panel=_SERVING)(daemons.serve)
 app.command(rich_help_panel=_SERVING)(daemons.gateway)
 app.command(rich_help_panel=_TALKING)(talk.run)
 app.command(rich_help_panel=_TALKING)(talk.chat)
-for command in (models.ls, models.ps, models.show, models.load, models.unload, models.logs, models.tokenize):
+for command in (
+    models.ls,
+    models.ps,
+    models.show,
+    memory.estimate,
+    models.load,
+    models.unload,
+    models.logs,
+    models.tokenize,
+):
     app.command(rich_help_panel=_MODELS)(command)
 
 

@@ -91,6 +91,8 @@ def _options(options: RuntimeOptions) -> str:
         "n-gpu-layers": options.gpu_layer_count,
         "threads": options.thread_count,
         "batch-size": options.batch_size_tokens,
+        "cache-type-k": options.cache_type_k,
+        "cache-type-v": options.cache_type_v,
         "idle timeout": None if timeout is None else seconds_text(timeout) if timeout else "never",
     }
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None) or "-"

@@ -26,7 +26,7 @@ from paddock.v1 import generation_pb2 as paddock_dot_v1_dot_generation__pb2
 from paddock.v1 import model_manager_pb2 as paddock_dot_v1_dot_model__manager__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%paddock_server/worker/v1/worker.proto\x12\x18paddock_server.worker.v1\x1a\x1bpaddock/v1/generation.proto\x1a\x1epaddock/v1/model_manager.proto\"\x8c\x03\n\x0bServerFrame\x12.\n\x04load\x18\x01 \x01(\x0b\x32\x1e.paddock_server.worker.v1.LoadH\x00\x12\x39\n\nabort_load\x18\x02 \x01(\x0b\x32#.paddock_server.worker.v1.AbortLoadH\x00\x12\x30\n\x05start\x18\x03 \x01(\x0b\x32\x1f.paddock_server.worker.v1.StartH\x00\x12\x32\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32 .paddock_server.worker.v1.CancelH\x00\x12.\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x1e.paddock_server.worker.v1.CallH\x00\x12\x36\n\x08shutdown\x18\x06 \x01(\x0b\x32\".paddock_server.worker.v1.ShutdownH\x00\x12;\n\x0b\x63\x61ncel_call\x18\x07 \x01(\x0b\x32$.paddock_server.worker.v1.CancelCallH\x00\x42\x07\n\x05\x66rame\"\x91\x03\n\x0bWorkerFrame\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.paddock_server.worker.v1.HelloH\x00\x12?\n\rload_progress\x18\x02 \x01(\x0b\x32&.paddock_server.worker.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x03 \x01(\x0b\x32\x1f.paddock_server.worker.v1.ReadyH\x00\x12\x38\n\x0bload_failed\x18\x04 \x01(\x0b\x32!.paddock_server.worker.v1.FailureH\x00\x12.\n\x04step\x18\x05 \x01(\x0b\x32\x1e.paddock_server.worker.v1.StepH\x00\x12\x30\n\x05reply\x18\x06 \x01(\x0b\x32\x1f.paddock_server.worker.v1.ReplyH\x00\x12\x38\n\theartbeat\x18\x07 \x01(\x0b\x32#.paddock_server.worker.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"S\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\"\xcc\x01\n\x04Load\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x1b\n\x13\x63ontext_size_tokens\x18\x02 \x01(\x05\x12\x17\n\x0fgpu_layer_count\x18\x03 \x01(\x05\x12\x12\n\nslot_count\x18\x04 \x01(\x05\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12\x19\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x07 \x01(\x05\x12 \n\x18target_step_milliseconds\x18\x08 \x01(\x05\"\x0b\n\tAbortLoad\"T\n\x0cLoadProgress\x12\x32\n\x05stage\x18\x01 \x01(\x0e\x32#.paddock_server.worker.v1.LoadStage\x12\x10\n\x08\x66raction\x18\x02 \x01(\x02\"\xdd\x02\n\x05Ready\x12\x1b\n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05\x12\x1d\n\x15sequence_limit_tokens\x18\x02 \x01(\x05\x12\x12\n\nslot_count\x18\x03 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\x05\x12\x1e\n\x16trained_context_tokens\x18\x05 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x06 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x03\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x14\n\x0c\x63\x61n_generate\x18\n \x01(\x08\x12\x17\n\x0fgpu_layer_count\x18\x0b \x01(\x05\x12\x14\n\x0cthread_count\x18\x0c \x01(\x05\x12\x19\n\x11\x62\x61tch_size_tokens\x18\r \x01(\x05\"\xad\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x41\n\x08metadata\x18\x03 \x03(\x0b\x32/.paddock_server.worker.v1.Failure.MetadataEntry\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.paddock.v1.GenerateRequest\"\x1c\n\x06\x43\x61ncel\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"C\n\x04Step\x12;\n\x07updates\x18\x01 \x03(\x0b\x32*.paddock_server.worker.v1.GenerationUpdate\"\xb0\x02\n\x10GenerationUpdate\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12<\n\x07started\x18\x02 \x01(\x0b\x32+.paddock_server.worker.v1.GenerationStarted\x12\x33\n\x0fprompt_progress\x18\x03 \x01(\x0b\x32\x1a.paddock.v1.PromptProgress\x12\"\n\x06\x64\x65ltas\x18\x04 \x01(\x0b\x32\x12.paddock.v1.Deltas\x12>\n\x08\x66inished\x18\x05 \x01(\x0b\x32,.paddock_server.worker.v1.GenerationFinished\x12\x31\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32!.paddock_server.worker.v1.Failure\"*\n\x11GenerationStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\"j\n\x12GenerationFinished\x12 \n\x05usage\x18\x01 \x01(\x0b\x32\x11.paddock.v1.Usage\x12$\n\x07timings\x18\x02 \x01(\x0b\x32\x13.paddock.v1.Timings\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"\xb0\x01\n\x04\x43\x61ll\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12)\n\x05\x65mbed\x18\x02 \x01(\x0b\x32\x18.paddock.v1.EmbedRequestH\x00\x12/\n\x08tokenize\x18\x03 \x01(\x0b\x32\x1b.paddock.v1.TokenizeRequestH\x00\x12\x33\n\ndetokenize\x18\x04 \x01(\x0b\x32\x1d.paddock.v1.DetokenizeRequestH\x00\x42\t\n\x07request\"\xe8\x01\n\x05Reply\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x33\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32!.paddock_server.worker.v1.FailureH\x00\x12*\n\x05\x65mbed\x18\x03 \x01(\x0b\x32\x19.paddock.v1.EmbedResponseH\x00\x12\x30\n\x08tokenize\x18\x04 \x01(\x0b\x32\x1c.paddock.v1.TokenizeResponseH\x00\x12\x34\n\ndetokenize\x18\x05 \x01(\x0b\x32\x1e.paddock.v1.DetokenizeResponseH\x00\x42\x08\n\x06result\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\n\n\x08Shutdown\"\xd6\x01\n\tHeartbeat\x12\x1d\n\x15\x61\x63tive_sequence_count\x18\x01 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x02 \x01(\x05\x12\x1c\n\x14kv_cache_used_tokens\x18\x03 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x04 \x01(\x05\x12\x12\n\nstep_count\x18\x05 \x01(\x03\x12\x19\n\x11step_milliseconds\x18\x06 \x01(\x03\x12 \n\x18preparation_milliseconds\x18\x07 \x01(\x03*V\n\tLoadStage\x12\x1a\n\x16LOAD_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_STAGE_WEIGHTS\x10\x01\x12\x15\n\x11LOAD_STAGE_WARMUP\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%paddock_server/worker/v1/worker.proto\x12\x18paddock_server.worker.v1\x1a\x1bpaddock/v1/generation.proto\x1a\x1epaddock/v1/model_manager.proto\"\x8c\x03\n\x0bServerFrame\x12.\n\x04load\x18\x01 \x01(\x0b\x32\x1e.paddock_server.worker.v1.LoadH\x00\x12\x39\n\nabort_load\x18\x02 \x01(\x0b\x32#.paddock_server.worker.v1.AbortLoadH\x00\x12\x30\n\x05start\x18\x03 \x01(\x0b\x32\x1f.paddock_server.worker.v1.StartH\x00\x12\x32\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32 .paddock_server.worker.v1.CancelH\x00\x12.\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x1e.paddock_server.worker.v1.CallH\x00\x12\x36\n\x08shutdown\x18\x06 \x01(\x0b\x32\".paddock_server.worker.v1.ShutdownH\x00\x12;\n\x0b\x63\x61ncel_call\x18\x07 \x01(\x0b\x32$.paddock_server.worker.v1.CancelCallH\x00\x42\x07\n\x05\x66rame\"\x91\x03\n\x0bWorkerFrame\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.paddock_server.worker.v1.HelloH\x00\x12?\n\rload_progress\x18\x02 \x01(\x0b\x32&.paddock_server.worker.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x03 \x01(\x0b\x32\x1f.paddock_server.worker.v1.ReadyH\x00\x12\x38\n\x0bload_failed\x18\x04 \x01(\x0b\x32!.paddock_server.worker.v1.FailureH\x00\x12.\n\x04step\x18\x05 \x01(\x0b\x32\x1e.paddock_server.worker.v1.StepH\x00\x12\x30\n\x05reply\x18\x06 \x01(\x0b\x32\x1f.paddock_server.worker.v1.ReplyH\x00\x12\x38\n\theartbeat\x18\x07 \x01(\x0b\x32#.paddock_server.worker.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"S\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\"\xf8\x01\n\x04Load\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x1b\n\x13\x63ontext_size_tokens\x18\x02 \x01(\x05\x12\x17\n\x0fgpu_layer_count\x18\x03 \x01(\x05\x12\x12\n\nslot_count\x18\x04 \x01(\x05\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12\x19\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x07 \x01(\x05\x12 \n\x18target_step_milliseconds\x18\x08 \x01(\x05\x12\x14\n\x0c\x63\x61\x63he_type_k\x18\t \x01(\t\x12\x14\n\x0c\x63\x61\x63he_type_v\x18\n \x01(\t\"\x0b\n\tAbortLoad\"T\n\x0cLoadProgress\x12\x32\n\x05stage\x18\x01 \x01(\x0e\x32#.paddock_server.worker.v1.LoadStage\x12\x10\n\x08\x66raction\x18\x02 \x01(\x02\"\xdd\x02\n\x05Ready\x12\x1b\n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05\x12\x1d\n\x15sequence_limit_tokens\x18\x02 \x01(\x05\x12\x12\n\nslot_count\x18\x03 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\x05\x12\x1e\n\x16trained_context_tokens\x18\x05 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x06 \x01(\x05\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x03\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x14\n\x0c\x63\x61n_generate\x18\n \x01(\x08\x12\x17\n\x0fgpu_layer_count\x18\x0b \x01(\x05\x12\x14\n\x0cthread_count\x18\x0c \x01(\x05\x12\x19\n\x11\x62\x61tch_size_tokens\x18\r \x01(\x05\"\xad\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x41\n\x08metadata\x18\x03 \x03(\x0b\x32/.paddock_server.worker.v1.Failure.MetadataEntry\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.paddock.v1.GenerateRequest\"\x1c\n\x06\x43\x61ncel\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"C\n\x04Step\x12;\n\x07updates\x18\x01 \x03(\x0b\x32*.paddock_server.worker.v1.GenerationUpdate\"\xb0\x02\n\x10GenerationUpdate\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12<\n\x07started\x18\x02 \x01(\x0b\x32+.paddock_server.worker.v1.GenerationStarted\x12\x33\n\x0fprompt_progress\x18\x03 \x01(\x0b\x32\x1a.paddock.v1.PromptProgress\x12\"\n\x06\x64\x65ltas\x18\x04 \x01(\x0b\x32\x12.paddock.v1.Deltas\x12>\n\x08\x66inished\x18\x05 \x01(\x0b\x32,.paddock_server.worker.v1.GenerationFinished\x12\x31\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32!.paddock_server.worker.v1.Failure\"*\n\x11GenerationStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\"j\n\x12GenerationFinished\x12 \n\x05usage\x18\x01 \x01(\x0b\x32\x11.paddock.v1.Usage\x12$\n\x07timings\x18\x02 \x01(\x0b\x32\x13.paddock.v1.Timings\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"\xb0\x01\n\x04\x43\x61ll\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12)\n\x05\x65mbed\x18\x02 \x01(\x0b\x32\x18.paddock.v1.EmbedRequestH\x00\x12/\n\x08tokenize\x18\x03 \x01(\x0b\x32\x1b.paddock.v1.TokenizeRequestH\x00\x12\x33\n\ndetokenize\x18\x04 \x01(\x0b\x32\x1d.paddock.v1.DetokenizeRequestH\x00\x42\t\n\x07request\"\xe8\x01\n\x05Reply\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x33\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32!.paddock_server.worker.v1.FailureH\x00\x12*\n\x05\x65mbed\x18\x03 \x01(\x0b\x32\x19.paddock.v1.EmbedResponseH\x00\x12\x30\n\x08tokenize\x18\x04 \x01(\x0b\x32\x1c.paddock.v1.TokenizeResponseH\x00\x12\x34\n\ndetokenize\x18\x05 \x01(\x0b\x32\x1e.paddock.v1.DetokenizeResponseH\x00\x42\x08\n\x06result\"\x1a\n\nCancelCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\n\n\x08Shutdown\"\xd6\x01\n\tHeartbeat\x12\x1d\n\x15\x61\x63tive_sequence_count\x18\x01 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x02 \x01(\x05\x12\x1c\n\x14kv_cache_used_tokens\x18\x03 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x04 \x01(\x05\x12\x12\n\nstep_count\x18\x05 \x01(\x03\x12\x19\n\x11step_milliseconds\x18\x06 \x01(\x03\x12 \n\x18preparation_milliseconds\x18\x07 \x01(\x03*V\n\tLoadStage\x12\x1a\n\x16LOAD_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_STAGE_WEIGHTS\x10\x01\x12\x15\n\x11LOAD_STAGE_WARMUP\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_LOADSTAGE']._serialized_start=3154
-  _globals['_LOADSTAGE']._serialized_end=3240
+  _globals['_LOADSTAGE']._serialized_start=3198
+  _globals['_LOADSTAGE']._serialized_end=3284
   _globals['_SERVERFRAME']._serialized_start=129
   _globals['_SERVERFRAME']._serialized_end=525
   _globals['_WORKERFRAME']._serialized_start=528
@@ -44,37 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=931
   _globals['_HELLO']._serialized_end=1014
   _globals['_LOAD']._serialized_start=1017
-  _globals['_LOAD']._serialized_end=1221
-  _globals['_ABORTLOAD']._serialized_start=1223
-  _globals['_ABORTLOAD']._serialized_end=1234
-  _globals['_LOADPROGRESS']._serialized_start=1236
-  _globals['_LOADPROGRESS']._serialized_end=1320
-  _globals['_READY']._serialized_start=1323
-  _globals['_READY']._serialized_end=1672
-  _globals['_FAILURE']._serialized_start=1675
-  _globals['_FAILURE']._serialized_end=1848
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=1801
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1848
-  _globals['_START']._serialized_start=1850
-  _globals['_START']._serialized_end=1923
-  _globals['_CANCEL']._serialized_start=1925
-  _globals['_CANCEL']._serialized_end=1953
-  _globals['_STEP']._serialized_start=1955
-  _globals['_STEP']._serialized_end=2022
-  _globals['_GENERATIONUPDATE']._serialized_start=2025
-  _globals['_GENERATIONUPDATE']._serialized_end=2329
-  _globals['_GENERATIONSTARTED']._serialized_start=2331
-  _globals['_GENERATIONSTARTED']._serialized_end=2373
-  _globals['_GENERATIONFINISHED']._serialized_start=2375
-  _globals['_GENERATIONFINISHED']._serialized_end=2481
-  _globals['_CALL']._serialized_start=2484
-  _globals['_CALL']._serialized_end=2660
-  _globals['_REPLY']._serialized_start=2663
-  _globals['_REPLY']._serialized_end=2895
-  _globals['_CANCELCALL']._serialized_start=2897
-  _globals['_CANCELCALL']._serialized_end=2923
-  _globals['_SHUTDOWN']._serialized_start=2925
-  _globals['_SHUTDOWN']._serialized_end=2935
-  _globals['_HEARTBEAT']._serialized_start=2938
-  _globals['_HEARTBEAT']._serialized_end=3152
+  _globals['_LOAD']._serialized_end=1265
+  _globals['_ABORTLOAD']._serialized_start=1267
+  _globals['_ABORTLOAD']._serialized_end=1278
+  _globals['_LOADPROGRESS']._serialized_start=1280
+  _globals['_LOADPROGRESS']._serialized_end=1364
+  _globals['_READY']._serialized_start=1367
+  _globals['_READY']._serialized_end=1716
+  _globals['_FAILURE']._serialized_start=1719
+  _globals['_FAILURE']._serialized_end=1892
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=1845
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=1892
+  _globals['_START']._serialized_start=1894
+  _globals['_START']._serialized_end=1967
+  _globals['_CANCEL']._serialized_start=1969
+  _globals['_CANCEL']._serialized_end=1997
+  _globals['_STEP']._serialized_start=1999
+  _globals['_STEP']._serialized_end=2066
+  _globals['_GENERATIONUPDATE']._serialized_start=2069
+  _globals['_GENERATIONUPDATE']._serialized_end=2373
+  _globals['_GENERATIONSTARTED']._serialized_start=2375
+  _globals['_GENERATIONSTARTED']._serialized_end=2417
+  _globals['_GENERATIONFINISHED']._serialized_start=2419
+  _globals['_GENERATIONFINISHED']._serialized_end=2525
+  _globals['_CALL']._serialized_start=2528
+  _globals['_CALL']._serialized_end=2704
+  _globals['_REPLY']._serialized_start=2707
+  _globals['_REPLY']._serialized_end=2939
+  _globals['_CANCELCALL']._serialized_start=2941
+  _globals['_CANCELCALL']._serialized_end=2967
+  _globals['_SHUTDOWN']._serialized_start=2969
+  _globals['_SHUTDOWN']._serialized_end=2979
+  _globals['_HEARTBEAT']._serialized_start=2982
+  _globals['_HEARTBEAT']._serialized_end=3196
 # @@protoc_insertion_point(module_scope)
