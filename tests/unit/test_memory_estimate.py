@@ -22,6 +22,7 @@ from paddock_server.memory import (
     estimate,
     verdict,
 )
+from paddock_server.memory.compute import work_bytes
 from paddock_server.memory.graph import Graph, scratch_bytes
 from paddock_server.rpc.estimates import PART_KINDS, VERDICTS
 from paddock_server.worker.llama import CACHE_TYPES as WORKER_CACHE_TYPES
@@ -223,3 +224,42 @@ def test_every_kind_and_verdict_has_a_name_on_the_wire() -> None:
     assert {each: pb.MemoryVerdict.Name(VERDICTS[each]) for each in Verdict} == {
         each: f"MEMORY_VERDICT_{each.name}" for each in Verdict
     }
+
+
+def sized(
+    layers: int, embedding: int, feed_forward: int, heads: int, heads_kv: int, experts: int = 0, used: int = 0
+) -> Shape:
+    """A transformer with heads of 128 and 36,000 tokens."""
+    suffix = "_exps" if experts else ""
+    names = (f"ffn_gate{suffix}", f"ffn_up{suffix}")
+    widths = (("attn_k", 128 * heads_kv), *((name, feed_forward) for name in names))
+    layer = LayerShape(
+        weights=TensorGroup(0, (), widths),
+        key_width=128 * heads_kv,
+        value_width=128 * heads_kv,
+        query_width=128 * heads,
+        attended_width=128 * heads,
+        head_width=128,
+        heads=heads,
+        feed_forward_width=feed_forward,
+        experts_used=used,
+    )
+    return Shape("llama", (layer,) * layers, Weights(), embedding, 36_000, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cache_type", "mebibytes"),
+    [
+        (sized(32, 4096, 14_336, 32, 8), "f16", 62.01),
+        (sized(32, 4096, 14_336, 32, 8), "q8_0", 58.08),
+        (sized(4, 8192, 28_672, 64, 8), "f16", 120.01),
+        (sized(28, 1024, 3072, 16, 8), "f16", 17.01),
+        (sized(48, 2048, 768, 32, 4, 128, 8), "f16", 48.01),
+    ],
+    ids=["8B", "8B with a quantised cache", "70B", "0.6B", "30B-A3B"],
+)
+def test_scratch_memory_is_what_llama_cpp_says(shape: Shape, cache_type: str, mebibytes: float) -> None:
+    """The figures are those of llama.cpp for files of these sizes, 8192 cells and 4 sequences."""
+    options = LoadOptions(8192, 4, 512, cache_type_k=cache_type, cache_type_v=cache_type)
+    scratch = estimate(shape, options).of(PartKind.COMPUTE) - work_bytes(shape, 256)
+    assert scratch / 2**20 == pytest.approx(mebibytes, abs=0.02)

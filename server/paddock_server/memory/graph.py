@@ -2,8 +2,8 @@
 
 ggml lays the results of a graph out in one buffer before it computes: each gets the smallest hole it fits, is
 written over its input where the operation allows, and leaves a hole behind its last use. What is left unused
-depends on the order of all of them, so a formula over the widths misses by a third and more; the same steps
-over a graph of the same shape do not. The graphs follow llama-graph.cpp and models/*.cpp of llama.cpp.
+depends on the order of all of them: no formula over the widths says it, the same steps over a graph of the
+same shape do. The graphs follow llama-graph.cpp and models/*.cpp of llama.cpp.
 """
 
 from __future__ import annotations
