@@ -150,6 +150,8 @@ def _manager_config(config: ServerConfig) -> ManagerConfig:
         gpu_layer_count=config.n_gpu_layers,
         thread_count=config.threads,
         batch_size_tokens=config.batch_size,
+        cache_type_k=config.cache_type_k,
+        cache_type_v=config.cache_type_v,
         queue_limit=config.queue_limit,
         target_step_milliseconds=config.target_step_milliseconds,
         idle_timeout_seconds=config.idle_timeout_seconds,

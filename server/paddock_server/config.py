@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "PADDOCK_"
 
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+"""The types llama-server names for `--cache-type-k` and `--cache-type-v`."""
+
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 """Holds foal, the small model that comes with Paddock (models/foal in the repository)."""
 
@@ -73,6 +76,12 @@ class ServerConfig(BaseSettings):
 
     batch_size: int = Field(512, ge=32, le=8192)
     """Most tokens a worker decodes in one step."""
+
+    cache_type_k: CacheType = "f16"
+    """Type of the keys in the KV cache."""
+
+    cache_type_v: CacheType = "f16"
+    """Type of the values in the KV cache."""
 
     queue_limit: int = Field(128, ge=0, le=100_000)
     """Requests that may wait for one model."""

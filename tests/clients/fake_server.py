@@ -248,6 +248,23 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         self._begin("Delete", request, context)
         self._abort(make_error(Reason.NOT_IMPLEMENTED, "Not built yet."), context)
 
+    def EstimateMemory(
+        self, request: pb.EstimateMemoryRequest, context: grpc.ServicerContext
+    ) -> pb.EstimateMemoryResponse:
+        self._begin("EstimateMemory", request, context)
+        options = model_pb2.RuntimeOptions(slot_count=4)
+        options.MergeFrom(request.runtime_options)
+        return pb.EstimateMemoryResponse(
+            parts=[
+                pb.MemoryPart(device="RAM", kind=pb.MEMORY_PART_KIND_WEIGHTS, size_bytes=3 << 20),
+                pb.MemoryPart(device="RAM", kind=pb.MEMORY_PART_KIND_KV_CACHE, size_bytes=1 << 20),
+            ],
+            devices=[pb.DeviceMemory(device="RAM", needed_bytes=4 << 20, budget_bytes=8 << 20)],
+            verdict=pb.MEMORY_VERDICT_FITS,
+            runtime_options=options,
+            roughness="Only roughly." if request.model == "broken" else "",
+        )
+
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:

@@ -373,3 +373,29 @@ def test_the_load_of_a_run_that_fails_is_its_failure(paddock: Paddock, server: F
 
     assert result.exit_code == ExitCode.CANNOT_LOAD
     assert result.stderr == "Error: Bad magic in cold.gguf.\n"
+
+
+def test_estimate_shows_parts_and_a_verdict(paddock: Paddock, server: FakeServer) -> None:
+    result = paddock("estimate", "tiny", "--ctx-size", "0", "--cache-type-k", "q8_0")
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["DEVICE", "FOR", "MEMORY"]
+    assert ["RAM", "kv", "cache"] in [line[:3] for line in lines]
+    assert lines[-1][:2] == ["RAM", "all"]
+    assert "It fits now." in result.stderr
+    request = server.manager.calls[-1].request
+    assert isinstance(request, pb.EstimateMemoryRequest)
+    assert request.runtime_options.cache_type_k == "q8_0"
+    assert request.runtime_options.HasField("context_size_tokens")
+
+
+def test_an_estimate_that_is_rough_says_so(paddock: Paddock) -> None:
+    assert "Only roughly." in paddock("estimate", "broken").stderr
+
+
+def test_estimate_as_json_is_what_the_client_knows(paddock: Paddock) -> None:
+    found = json.loads(paddock("estimate", "tiny", "--json").stdout)
+
+    assert found["verdict"] == "fits"
+    assert found["parts"][1] == {"device": "RAM", "kind": "kv_cache", "size_bytes": 1 << 20}
+    assert found["options"]["slot_count"] == 4

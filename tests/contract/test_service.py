@@ -322,3 +322,59 @@ async def test_the_server_describes_itself(api: ModelManagerApi) -> None:
 
     assert first.version
     assert first.instance_id == second.instance_id != ""
+
+
+async def test_an_estimate_says_what_a_load_would_take_without_starting_one(api: ModelManagerApi) -> None:
+    estimate = await api.estimate_memory(pb.EstimateMemoryRequest(model="good"))
+    model = (await api.get(pb.GetRequest(model="good"))).model
+
+    (ram,) = [device for device in estimate.devices if device.device == "RAM"]
+    assert ram.needed_bytes == sum(part.size_bytes for part in estimate.parts if part.device == "RAM")
+    assert 0 < ram.needed_bytes < ram.budget_bytes
+    assert estimate.verdict == pb.MEMORY_VERDICT_FITS
+    assert (estimate.runtime_options.slot_count, estimate.roughness) == (2, "")
+    assert model.state == model_pb2.MODEL_STATE_UNLOADED
+
+
+async def test_an_estimate_counts_what_other_models_hold(api: ModelManagerApi) -> None:
+    await load(api, "good")
+    other = await api.estimate_memory(pb.EstimateMemoryRequest(model="other"))
+    itself = await api.estimate_memory(pb.EstimateMemoryRequest(model="good"))
+
+    assert other.devices[0].held_bytes > 0
+    assert itself.devices[0].held_bytes == 0
+
+
+async def test_an_estimate_with_an_open_context_chooses_the_trained_one(api: ModelManagerApi) -> None:
+    options = model_pb2.RuntimeOptions(context_size_tokens=0, slot_count=3)
+    estimate = await api.estimate_memory(pb.EstimateMemoryRequest(model="good", runtime_options=options))
+    assert estimate.runtime_options.context_size_tokens == 2048
+    assert estimate.runtime_options.slot_count == 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (pb.EstimateMemoryRequest(), Reason.INVALID_FIELD),
+        (pb.EstimateMemoryRequest(model="nobody"), Reason.MODEL_NOT_FOUND),
+        (
+            pb.EstimateMemoryRequest(
+                model="good", runtime_options=model_pb2.RuntimeOptions(cache_type_k="q9")
+            ),
+            Reason.INVALID_FIELD,
+        ),
+    ],
+    ids=["no name", "no model", "no such cache type"],
+)
+async def test_an_estimate_of_nothing_is_refused(
+    api: ModelManagerApi, request_: pb.EstimateMemoryRequest, reason: Reason
+) -> None:
+    with pytest.raises(PaddockError) as caught:
+        await api.estimate_memory(request_)
+    assert caught.value.reason == reason
+
+
+async def test_the_memory_of_the_machine_is_the_first_device(api: ModelManagerApi) -> None:
+    info = await api.get_server_info(pb.GetServerInfoRequest())
+    assert info.devices[0].display_name == "RAM"
+    assert 0 < info.devices[0].free_bytes <= info.devices[0].total_bytes

@@ -183,6 +183,10 @@ class FakeApi:
         """Not for gateways."""
         _unused(request)
 
+    async def estimate_memory(self, request: pb.EstimateMemoryRequest) -> pb.EstimateMemoryResponse:
+        """Not for gateways."""
+        _unused(request)
+
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Not for gateways."""
         _unused(request)

@@ -416,9 +416,16 @@ def test_a_file_that_makes_llama_cpp_abort_ends_this_process_only(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("slot_count", 0), ("slot_count", 257), ("thread_count", -1), ("batch_size_tokens", 0)],
+    [
+        ("slot_count", 0),
+        ("slot_count", 257),
+        ("thread_count", -1),
+        ("batch_size_tokens", 0),
+        ("cache_type_k", "q9"),
+        ("cache_type_v", "F16"),
+    ],
 )
-def test_sizes_that_cannot_be_fail_the_load_by_their_field(noise: Path, field: str, value: int) -> None:
+def test_sizes_that_cannot_be_fail_the_load_by_their_field(noise: Path, field: str, value: int | str) -> None:
     with worker() as peer:
         failed = peer.load(noise, **{field: value}).load_failed
         assert (failed.reason, failed.field) == ("INVALID_FIELD", field)

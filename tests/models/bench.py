@@ -35,14 +35,14 @@ def make_bench_model(path: Path, *, seed: int = 1) -> list[Path]:
     What it says has no end: the end tokens have the logit 0, others reach well above it.
     """
     rng = np.random.default_rng(seed)
-    vocab = _letter_vocabulary()
+    vocab = letter_vocabulary(VOCABULARY)
     about = About("Bench: random weights", "For measuring speed; its text means nothing.", CHATML)
     tensors = _tensors(rng, vocab)
     return write_llama(path, SHAPE, vocab, tensors, about, file_type=LlamaFileType.MOSTLY_Q8_0)
 
 
-def _letter_vocabulary() -> Vocabulary:
-    """All groups of two and three letters, then groups behind a space, until there are VOCABULARY tokens."""
+def letter_vocabulary(size: int) -> Vocabulary:
+    """All groups of two and three letters, then groups behind a space, until there are `size` tokens."""
     letters = [letter.encode() for letter in string.ascii_lowercase]
     pairs = [first + second for first, second in itertools.product(letters, letters)]
     merges: list[Merge] = [(pair[:1], pair[1:]) for pair in pairs]
@@ -50,7 +50,7 @@ def _letter_vocabulary() -> Vocabulary:
     merges += [(b" ", letter) for letter in letters]
     merges += [(b" " + pair[:1], pair[1:]) for pair in pairs]
     merges += [(b" " + pair, letter) for pair, letter in itertools.product(pairs, letters)]
-    return vocabulary(merges[: VOCABULARY - 256 - len(SPECIALS)])
+    return vocabulary(merges[: size - 256 - len(SPECIALS)])
 
 
 def _tensors(rng: np.random.Generator, vocab: Vocabulary) -> dict[str, Floats]:

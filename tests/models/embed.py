@@ -46,7 +46,7 @@ def make_embedder(
     writer.add_layer_norm_eps(1e-12)
     writer.add_causal_attention(False)
     writer.add_pooling_type(pooling)
-    _add_tokenizer(writer, tokens)
+    add_wordpiece(writer, tokens)
     for name, tensor in _tensors(rng, len(tokens), context).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -64,7 +64,8 @@ def wordpiece_tokens() -> list[str]:
     return [*SPECIALS, *starts, *symbols]
 
 
-def _add_tokenizer(writer: GGUFWriter, tokens: list[str]) -> None:
+def add_wordpiece(writer: GGUFWriter, tokens: list[str]) -> None:
+    """Add a WordPiece tokenizer, whose first tokens are the SPECIALS, to a GGUF file."""
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

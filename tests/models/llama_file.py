@@ -27,6 +27,7 @@ QUANTIZATION: Final = {
     LlamaFileType.ALL_F32: GGMLQuantizationType.F32,
     LlamaFileType.MOSTLY_F16: GGMLQuantizationType.F16,
     LlamaFileType.MOSTLY_Q8_0: GGMLQuantizationType.Q8_0,
+    LlamaFileType.MOSTLY_Q4_0: GGMLQuantizationType.Q4_0,
 }
 
 

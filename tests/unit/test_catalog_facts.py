@@ -7,7 +7,9 @@ import pytest
 from paddock_server.catalog import (
     GgufError,
     Split,
+    TensorGroup,
     UnsupportedGgufError,
+    Weights,
     merged_facts,
     model_facts,
     read_header,
@@ -51,7 +53,11 @@ def test_facts_are_what_the_keys_say(facts: FactsOf) -> None:
         ("llama.attention.value_length", gb.u32(64)),
         ("qwen2.context_length", gb.u32(1)),
         ("tokenizer.ggml.tokens", gb.strings(["a", "b", "c"])),
+        ("tokenizer.ggml.merges", gb.strings(["a b"])),
         ("tokenizer.chat_template", gb.text("{{ x }}")),
+        ("llama.rope.freq_base", gb.number(gb.FLOAT32, 1e4)),
+        ("llama.pattern", gb.numbers(gb.BOOL, [True, False])),
+        ("llama.negative", gb.number(gb.INT32, -1)),
     )
 
     assert found == ModelFacts(
@@ -77,6 +83,23 @@ def test_facts_are_what_the_keys_say(facts: FactsOf) -> None:
         is_embedding_model=False,
         file_type=15,
         split=None,
+        hyperparameters={
+            "context_length": 131_072,
+            "embedding_length": 4096,
+            "block_count": 2,
+            "attention.head_count": 32,
+            "attention.head_count_kv": (8, 4),
+            "attention.key_length": 128,
+            "attention.value_length": 64,
+            "pattern": (1, 0),
+        },
+        weights=Weights(
+            input=TensorGroup(576, (), (("token_embd", 4),)),
+            layers=(TensorGroup(128),) * 5,
+            table=TensorGroup(576, (), (("token_embd", 4),)),
+            output_rows=4,
+        ),
+        merge_count=1,
     )
 
 

@@ -115,3 +115,23 @@ def test_options_survive_being_stored() -> None:
 def test_stored_options_that_make_no_sense_are_refused(stored: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be from"):
         stored_wish(stored)
+
+
+def test_the_types_of_the_cache_go_the_whole_way() -> None:
+    wish = wish_of(model_pb2.RuntimeOptions(cache_type_k="q8_0", cache_type_v="bf16"))
+    options = wish.filled(OPTIONS)
+    frame = load_frame("/m.gguf", options, CONFIG)
+    assert (frame.cache_type_k, frame.cache_type_v) == ("q8_0", "bf16")
+    assert options.to_proto().cache_type_k == "q8_0"
+    assert stored_wish(options.as_wish().values).values["cache_type_v"] == "bf16"
+    assert wish.conflicts(OPTIONS, None) == ("cache_type_k", "cache_type_v")
+
+
+def test_a_cache_type_nobody_knows_is_named_with_those_there_are() -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        wish_of(model_pb2.RuntimeOptions(cache_type_v="q9"))
+    (violation,) = caught.value.violations
+    assert violation.field == "runtime_options.cache_type_v"
+    assert "q8_0" in violation.description
+    with pytest.raises(ValueError, match="cache_type_k is 8"):
+        stored_wish({"cache_type_k": 8})

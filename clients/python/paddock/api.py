@@ -82,6 +82,10 @@ class ModelManagerApi(Protocol):
         """Delete the local files of a model."""
         ...
 
+    async def estimate_memory(self, request: pb.EstimateMemoryRequest) -> pb.EstimateMemoryResponse:
+        """Say what a model would take in memory, without loading it."""
+        ...
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         ...

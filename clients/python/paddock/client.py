@@ -20,7 +20,7 @@ from paddock.generation import (
 )
 from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
 from paddock.transport import GrpcApi, connect
-from paddock.types import Model, ModelSource, ModelState, RuntimeOptions, ServerInfo, Unloaded
+from paddock.types import MemoryEstimate, Model, ModelSource, ModelState, RuntimeOptions, ServerInfo, Unloaded
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 
@@ -345,6 +345,19 @@ class Client:
         return LogStream(
             self._api.stream_logs(pb.StreamLogsRequest(model=model, tail_line_count=tail, follow=follow))
         )
+
+    async def estimate(
+        self, model: str, *, source: ModelSource | None = None, options: RuntimeOptions | None = None
+    ) -> MemoryEstimate:
+        """Say what a model would take in memory, without loading it.
+
+        Args:
+            model: Model to estimate.
+            source: Where it is, the first time the server hears of it.
+            options: Options it would be loaded with; a context size of 0 has the server choose one that fits.
+        """
+        request = requests.estimate_request(model, source=source, options=options)
+        return convert.memory_estimate(await self._api.estimate_memory(request))
 
     async def server_info(self) -> ServerInfo:
         """Return what the server says about itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock import generation, types
 from paddock.generation import FinishReason
-from paddock.types import ArtifactState, MemoryPhase, ModelState, ProgressKind, Stage
+from paddock.types import ArtifactState, MemoryPhase, MemoryVerdict, ModelState, ProgressKind, Stage
 from paddock.v1 import generation_pb2, model_manager_pb2, model_pb2
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ _FINISH_REASONS: Final[Mapping[int, FinishReason]] = {
     generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     generation_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
+
+
+MEMORY_VERDICTS: Final[Mapping[int, MemoryVerdict]] = {
+    model_manager_pb2.MEMORY_VERDICT_FITS: MemoryVerdict.FITS,
+    model_manager_pb2.MEMORY_VERDICT_FITS_AFTER_EVICTION: MemoryVerdict.FITS_AFTER_EVICTION,
+    model_manager_pb2.MEMORY_VERDICT_NEVER_FITS: MemoryVerdict.NEVER_FITS,
+}
+
+_PART_PREFIX: Final = "MEMORY_PART_KIND_"
 
 
 def model(message: model_pb2.Model) -> types.Model:
@@ -199,6 +208,35 @@ def log_line(message: model_manager_pb2.LogLine) -> types.LogLine:
     )
 
 
+def memory_estimate(message: model_manager_pb2.EstimateMemoryResponse) -> types.MemoryEstimate:
+    """Convert what a model would take in memory."""
+    return types.MemoryEstimate(
+        parts=tuple(
+            types.MemoryPart(device=part.device, kind=_part_kind(part.kind), size_bytes=part.size_bytes)
+            for part in message.parts
+        ),
+        devices=tuple(
+            types.DeviceMemory(
+                device=device.device,
+                needed_bytes=device.needed_bytes,
+                budget_bytes=device.budget_bytes,
+                held_bytes=device.held_bytes,
+            )
+            for device in message.devices
+        ),
+        verdict=MEMORY_VERDICTS.get(message.verdict, MemoryVerdict.UNKNOWN),
+        options=_runtime_options(message.runtime_options),
+        roughness=message.roughness,
+    )
+
+
+def _part_kind(kind: model_manager_pb2.MemoryPartKind.ValueType) -> str:
+    """Return the name of a kind as programs use it; one of a newer server is `other`."""
+    if kind not in model_manager_pb2.MemoryPartKind.values():
+        return "other"
+    return model_manager_pb2.MemoryPartKind.Name(kind).removeprefix(_PART_PREFIX).lower()
+
+
 def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.ServerInfo:
     """Convert what the server says about itself."""
     return types.ServerInfo(
@@ -249,6 +287,8 @@ def _runtime_options(message: model_pb2.RuntimeOptions) -> types.RuntimeOptions:
         ),
         thread_count=message.thread_count if message.HasField("thread_count") else None,
         batch_size_tokens=message.batch_size_tokens if message.HasField("batch_size_tokens") else None,
+        cache_type_k=message.cache_type_k if message.HasField("cache_type_k") else None,
+        cache_type_v=message.cache_type_v if message.HasField("cache_type_v") else None,
     )
 
 

@@ -56,6 +56,17 @@ def load_request(
     )
 
 
+def estimate_request(
+    model: str, *, source: ModelSource | None, options: RuntimeOptions | None
+) -> model_manager_pb2.EstimateMemoryRequest:
+    """Make the request of `EstimateMemory`."""
+    return model_manager_pb2.EstimateMemoryRequest(
+        model=model,
+        source=_source(source) if source else None,
+        runtime_options=_runtime_options(options) if options else None,
+    )
+
+
 def generate_request(
     model: str, prompt: Prompt, options: GenerateOptions
 ) -> model_manager_pb2.GenerateRequest:
@@ -126,6 +137,8 @@ def _runtime_options(options: RuntimeOptions) -> model_pb2.RuntimeOptions:
         sleep_timeout=None if sleep is None else duration(sleep),
         thread_count=options.thread_count,
         batch_size_tokens=options.batch_size_tokens,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
     )
 
 

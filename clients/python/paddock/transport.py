@@ -147,6 +147,10 @@ class GrpcApi:
         """Delete the local files of a model."""
         return await _unary(self._stub.Delete, request)
 
+    async def estimate_memory(self, request: pb.EstimateMemoryRequest) -> pb.EstimateMemoryResponse:
+        """Say what a model would take in memory, without loading it."""
+        return await _unary(self._stub.EstimateMemory, request)
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await _unary(self._stub.GetServerInfo, request)

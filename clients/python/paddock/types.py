@@ -89,6 +89,10 @@ class RuntimeOptions:
     """Threads that compute. `None` takes one per physical core."""
     batch_size_tokens: int | None = None
     """Most tokens decoded in one step, 32 to 8192."""
+    cache_type_k: str | None = None
+    """Type of the keys in the KV cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0 or q5_1."""
+    cache_type_v: str | None = None
+    """Type of the values in the KV cache; one of the same names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,11 +274,56 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """An accelerator of the server."""
+    """The server's own memory, or one of its accelerators."""
 
     display_name: str
     total_bytes: int
     free_bytes: int
+
+
+class MemoryVerdict(StrEnum):
+    """Whether a model fits."""
+
+    FITS = "fits"
+    FITS_AFTER_EVICTION = "fits_after_eviction"
+    NEVER_FITS = "never_fits"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """Memory of one kind on one device."""
+
+    device: str
+    """Name of the device, `RAM` or for example `CUDA0`."""
+    kind: str
+    """For example `weights` or `kv_cache`; a kind this client does not know is `other`."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """A device, seen from a model that is to be loaded."""
+
+    device: str
+    needed_bytes: int
+    budget_bytes: int
+    """What all models together may have."""
+    held_bytes: int
+    """What loaded models have now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What a model would take in memory."""
+
+    parts: tuple[MemoryPart, ...]
+    devices: tuple[DeviceMemory, ...]
+    verdict: MemoryVerdict
+    options: RuntimeOptions
+    """Options the estimate is for: those asked for, and what was chosen for the others."""
+    roughness: str
+    """Why the estimate may be far off; empty when it is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,13 @@ from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
 from paddock_server.catalog.directory import Catalog
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
+from paddock_server.catalog.ggml_types import TENSOR_TYPES, TensorType
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.roots import CatalogError
+from paddock_server.catalog.weights import TensorGroup, Weights, repacked_bytes
 
 __all__ = [
+    "TENSOR_TYPES",
     "Catalog",
     "CatalogEntry",
     "CatalogError",
@@ -22,9 +25,13 @@ __all__ = [
     "ModelFacts",
     "OmittedValue",
     "Split",
+    "TensorGroup",
     "TensorInfo",
+    "TensorType",
     "UnsupportedGgufError",
+    "Weights",
     "merged_facts",
     "model_facts",
     "read_header",
+    "repacked_bytes",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError, quoted
 from paddock_server.catalog.ggml_types import FILE_TYPES
 from paddock_server.catalog.gguf import TEMPLATE_KEY, GgufHeader, OmittedValue
+from paddock_server.catalog.weights import Weights, merged_weights, model_weights
 
 PerBlock = int | tuple[int, ...]
 """One number for every block of a model, or one for each."""
@@ -52,7 +53,8 @@ class ModelFacts:
     are in elements, `trained_context_tokens` in tokens, `tensor_bytes` in bytes. `parameters_by_type` counts
     parameters by the name of their tensor type. `chat_template` is None too when the template is longer than
     a header reader keeps; `has_chat_template` tells the two apart. `pooling` is one of none, mean, cls, last
-    and rank.
+    and rank. `hyperparameters` has the whole numbers, and arrays of them, that the file gives under the name
+    of its architecture, by the rest of their keys; `merge_count` counts the merges of its tokenizer.
     """
 
     architecture: str
@@ -77,6 +79,9 @@ class ModelFacts:
     is_embedding_model: bool
     file_type: int | None
     split: Split | None
+    hyperparameters: Mapping[str, PerBlock] = field(default_factory=dict[str, PerBlock])
+    weights: Weights = field(default_factory=Weights)
+    merge_count: int = 0
 
 
 def model_facts(header: GgufHeader) -> ModelFacts:
@@ -116,6 +121,9 @@ def model_facts(header: GgufHeader) -> ModelFacts:
         is_embedding_model=architecture in _EMBEDDING_ARCHITECTURES or pooling in _EMBEDDING_POOLINGS,
         file_type=file_type,
         split=keys.split(),
+        hyperparameters=keys.hyperparameters(f"{architecture}."),
+        weights=model_weights(header.tensors),
+        merge_count=keys.length("tokenizer.ggml.merges"),
     )
 
 
@@ -132,6 +140,7 @@ def merged_facts(shards: Sequence[ModelFacts]) -> ModelFacts:
         parameters_by_type=dict(parameters_by_type),
         tensor_count=sum(shard.tensor_count for shard in shards),
         tensor_bytes=sum(shard.tensor_bytes for shard in shards),
+        weights=merged_weights([shard.weights for shard in shards]),
     )
 
 
@@ -169,6 +178,32 @@ class _Keys:
         if isinstance(value, tuple):
             return tuple(self._checked(key, element) for element in value)
         return self.integer(key)
+
+    def hyperparameters(self, prefix: str) -> dict[str, PerBlock]:
+        """The numbers and arrays of numbers from 0 to 2**31 - 1 whose keys start with `prefix`, without it.
+
+        Others, such as fractions, are left out: they say nothing about sizes.
+        """
+        found: dict[str, PerBlock] = {}
+        for key, value in self._header.metadata.items():
+            if not key.startswith(prefix):
+                continue
+            if isinstance(value, int) and 0 <= value <= _MAX_INT32:
+                found[key[len(prefix) :]] = int(value)
+            elif isinstance(value, tuple):
+                whole = tuple(
+                    int(part) for part in value if isinstance(part, int) and 0 <= part <= _MAX_INT32
+                )
+                if len(whole) == len(value):
+                    found[key[len(prefix) :]] = whole
+        return found
+
+    def length(self, key: str) -> int:
+        """The number of elements of the array under `key`; 0 when there is none."""
+        value = self._header.metadata.get(key)
+        if isinstance(value, tuple):
+            return len(value)
+        return value.length if isinstance(value, OmittedValue) and value.is_array else 0
 
     def pooling(self, key: str) -> str | None:
         """The name of the pooling under `key`."""

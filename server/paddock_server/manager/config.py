@@ -33,6 +33,12 @@ class ManagerConfig:
     batch_size_tokens: int = 512
     """Most tokens a worker decodes in one step."""
 
+    cache_type_k: str = "f16"
+    """Type of the keys in the KV cache; a name of `memory.CACHE_TYPES`."""
+
+    cache_type_v: str = "f16"
+    """Type of the values in the KV cache."""
+
     queue_limit: int = 128
     """Requests that may wait for one model: for its load in the server, and for a slot in its worker."""
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.admission import Admission
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
+    from paddock_server.manager.options import Options
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.supervisor import LogBatch, LogRing
 
@@ -219,6 +220,19 @@ class ModelManager:
                 yield event
         finally:
             subscription.closed = True
+
+    async def would_load(self, request: pb.LoadRequest) -> tuple[CatalogEntry, Options]:
+        """Return what a load would read, and the options it would have; nothing is started.
+
+        Raises:
+            PaddockError: there is no such model, an option is wrong, or the file cannot be loaded.
+        """
+        wish = wish_of(request.runtime_options)
+        entry = (await self._load_target(request)).entry
+        problem = _problem(entry)
+        if problem is not None:
+            raise problem.error()
+        return entry, wish.filled(default_options(self._config, entry.facts))
 
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Unload a model; returns when its worker is gone.

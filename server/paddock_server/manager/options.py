@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paddock.errors import FieldViolation, InvalidFieldError, Reason
 from paddock.v1 import model_pb2
+from paddock_server.memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class Options:
     slot_count: int
     thread_count: int
     batch_size_tokens: int
+    cache_type_k: str = DEFAULT_CACHE_TYPE
+    cache_type_v: str = DEFAULT_CACHE_TYPE
     idle_timeout_seconds: float = 0.0
     sleep_timeout_seconds: float = 0.0
 
     def to_proto(self) -> model_pb2.RuntimeOptions:
         """Return the message for `Model.runtime_options`."""
-        proto = model_pb2.RuntimeOptions(**{name: getattr(self, name) for name in _RANGES})
+        proto = model_pb2.RuntimeOptions(**{name: getattr(self, name) for name in _STARTED_WITH})
         for name, field_name in _TIMES.items():
             getattr(proto, field_name).FromNanoseconds(int(getattr(self, name) * 1e9))
         return proto
@@ -43,7 +46,8 @@ class Options:
     def as_wish(self) -> Wish:
         """Return a wish for exactly these options."""
         return Wish(
-            {name: getattr(self, name) for name in _RANGES}, {name: getattr(self, name) for name in _TIMES}
+            {name: getattr(self, name) for name in _STARTED_WITH},
+            {name: getattr(self, name) for name in _TIMES},
         )
 
 
@@ -75,7 +79,14 @@ _RANGES: Final[Mapping[str, _Range]] = MappingProxyType(
         "batch_size_tokens": _Range(32, 8192),
     }
 )
-"""The options a worker is started with, and what they may be."""
+"""The numbers a worker is started with, and what they may be."""
+
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"cache_type_k": tuple(CACHE_TYPES), "cache_type_v": tuple(CACHE_TYPES)}
+)
+"""The names a worker is started with, and which there are."""
+
+_STARTED_WITH: Final = (*_RANGES, *_CHOICES)
 
 _TIMES: Final[Mapping[str, str]] = MappingProxyType(
     {"idle_timeout_seconds": "idle_timeout", "sleep_timeout_seconds": "sleep_timeout"}
@@ -88,7 +99,7 @@ unloaded, or put to sleep. They need no other load."""
 class Wish:
     """The options a caller has set; the others are left to the server."""
 
-    values: Mapping[str, int]
+    values: Mapping[str, int | str]
     """By name of the field; only those a worker is started with."""
 
     times: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -96,7 +107,7 @@ class Wish:
 
     def filled(self, defaults: Options) -> Options:
         """Return all options: what was set, and the defaults."""
-        return replace(defaults, **self.values, **self.times)
+        return replace(defaults, **dict[str, Any](self.values), **self.times)
 
     def conflicts(self, asked: Options, effective: Options | None) -> tuple[str, ...]:
         """Return the names of the options that were set and that a load does not have.
@@ -117,15 +128,15 @@ def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
     Raises:
         InvalidFieldError: some are out of range; it names each of them.
     """
-    values: dict[str, int] = {}
+    values: dict[str, int | str] = {}
     violations: list[FieldViolation] = []
-    for name, (low, high) in _RANGES.items():
+    for name in _STARTED_WITH:
         if not options.HasField(name):  # pyright: ignore[reportArgumentType]  # the stub wants a literal
             continue
         values[name] = getattr(options, name)
-        if not low <= values[name] <= high:
-            description = f"must be from {low} to {high}, not {values[name]}"
-            violations.append(FieldViolation(f"{FIELD}.{name}", description))
+        fault = _fault(name, values[name])
+        if fault is not None:
+            violations.append(FieldViolation(f"{FIELD}.{name}", f"{fault}, not {values[name]}"))
     times: dict[str, float] = {}
     for name, field_name in _TIMES.items():
         if not options.HasField(field_name):  # pyright: ignore[reportArgumentType]  # the stub wants a literal
@@ -142,6 +153,17 @@ def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
     return Wish(values, times)
 
 
+def _fault(name: str, value: object) -> str | None:
+    """Return what an option must be, when it is not."""
+    if name in _CHOICES:
+        choices = _CHOICES[name]
+        return None if value in choices else f"must be one of {', '.join(choices)}"
+    low, high = _RANGES[name]
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    return f"must be from {low} to {high}"
+
+
 def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
     """Return the options of a load nobody set any for.
 
@@ -156,6 +178,8 @@ def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
         slot_count=config.slot_count,
         thread_count=config.thread_count,
         batch_size_tokens=config.batch_size_tokens,
+        cache_type_k=config.cache_type_k,
+        cache_type_v=config.cache_type_v,
         idle_timeout_seconds=config.idle_timeout_seconds,
         sleep_timeout_seconds=config.sleep_timeout_seconds,
     )
@@ -182,6 +206,8 @@ def load_frame(model_path: str, options: Options, config: ManagerConfig) -> work
         slot_count=options.slot_count,
         thread_count=options.thread_count,
         batch_size_tokens=options.batch_size_tokens,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
         queue_limit=config.queue_limit,
         target_step_milliseconds=config.target_step_milliseconds,
     )
@@ -193,13 +219,14 @@ def stored_wish(stored: Mapping[str, object]) -> Wish:
     Raises:
         ValueError: a value is of the wrong type or out of range.
     """
-    values: dict[str, int] = {}
-    for name, (low, high) in _RANGES.items():
+    values: dict[str, int | str] = {}
+    for name in _STARTED_WITH:
         value = stored.get(name)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            message = f"{name} is {value!r}; it must be from {low} to {high}"
+        fault = _fault(name, value)
+        if fault is not None or not isinstance(value, int | str):
+            message = f"{name} is {value!r}; it {fault}"
             raise ValueError(message)
         values[name] = value
     times: dict[str, float] = {}

@@ -16,7 +16,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.memory import MachineWatch
 from paddock_server.rpc import validate
+from paddock_server.rpc.estimates import devices, estimate_memory
 from paddock_server.rpc.paging import page
 from paddock_server.worker.v1 import worker_pb2
 
@@ -27,15 +29,17 @@ if TYPE_CHECKING:
 
     from paddock_server.manager import Lease, ModelManager
 
-FEATURES: Final = ("embeddings", "logs", "tokenize")
+FEATURES: Final = ("embeddings", "estimate", "logs", "tokenize")
 """Optional features `GetServerInfo` reports."""
 
 
 class ModelManagerService:
     """Implements every RPC of `ModelManager` on top of the manager."""
 
-    def __init__(self, manager: ModelManager, *, version: str) -> None:
+    def __init__(self, manager: ModelManager, *, version: str, machine: MachineWatch | None = None) -> None:
+        """`machine` is by default the one this process runs on."""
         self._manager = manager
+        self._machine = machine or MachineWatch()
         self._version = version
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()
@@ -152,6 +156,12 @@ class ModelManagerService:
             "This server cannot delete models yet. Unload the model and remove its files by hand.",
         )
 
+    async def estimate_memory(self, request: pb.EstimateMemoryRequest) -> pb.EstimateMemoryResponse:
+        """See `ModelManagerApi.estimate_memory`."""
+        validate.model_name(request.model)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await estimate_memory(request, self._manager, self._machine)
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """See `ModelManagerApi.get_server_info`."""
         del request
@@ -160,6 +170,7 @@ class ModelManagerService:
             instance_id=self._manager.instance_id,
             start_time=self._start_time,
             features=FEATURES,
+            devices=devices(await self._machine.look()),
         )
 
     async def _lease(

@@ -89,6 +89,12 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Delete a model's files."""
         return await self._service.delete(request)
 
+    async def EstimateMemory(
+        self, request: pb.EstimateMemoryRequest, context: Any
+    ) -> pb.EstimateMemoryResponse:
+        """Say what a model would take in memory."""
+        return await self._service.estimate_memory(request)
+
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await self._service.get_server_info(request)

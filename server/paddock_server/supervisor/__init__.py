@@ -12,7 +12,7 @@ from paddock_server.supervisor.backoff import Restart, RestartPolicy
 from paddock_server.supervisor.exit import WorkerExit
 from paddock_server.supervisor.failures import WorkerCrashedError
 from paddock_server.supervisor.generation import Generation
-from paddock_server.supervisor.launcher import Launcher, LocalLauncher, WorkerSpec
+from paddock_server.supervisor.launcher import Launcher, LocalLauncher, WorkerSpec, worker_environment
 from paddock_server.supervisor.log_ring import LogBatch, LogFollower, LogLine, LogRing
 from paddock_server.supervisor.timeouts import SupervisorTimeouts
 from paddock_server.supervisor.worker import Worker
@@ -32,4 +32,5 @@ __all__ = [
     "WorkerCrashedError",
     "WorkerExit",
     "WorkerSpec",
+    "worker_environment",
 ]

@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from array import array
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -35,6 +36,21 @@ LOG_DEBUG: Final = 1
 LOG_INFO: Final = 2
 LOG_ERROR: Final = 4
 _LOG_CONTINUES: Final = 5
+
+CACHE_TYPES: Final = MappingProxyType(
+    {
+        "f32": 0,
+        "f16": 1,
+        "q4_0": 2,
+        "q4_1": 3,
+        "q5_0": 6,
+        "q5_1": 7,
+        "q8_0": 8,
+        "iq4_nl": 20,
+        "bf16": 30,
+    }
+)
+"""Types that keys and values may be kept in: ggml's numbers by llama-server's names."""
 
 _LOAD_MODE_MMAP: Final = 1
 
@@ -254,6 +270,10 @@ class ContextParams:
     thread_count: int
     embeddings: bool = False
     pooling: int = POOLING_UNSPECIFIED
+    cache_type_k: str = "f16"
+    """One of `CACHE_TYPES`, like the next."""
+
+    cache_type_v: str = "f16"
 
 
 class AbortFlag:
@@ -306,6 +326,8 @@ class Context:
         native.no_perf = True
         native.embeddings = params.embeddings
         native.pooling_type = params.pooling
+        native.type_k = CACHE_TYPES[params.cache_type_k]
+        native.type_v = CACHE_TYPES[params.cache_type_v]
         if not params.embeddings:
             native.n_outputs_max = params.slot_count
         pointer = _c.llama_init_from_model(model.pointer, native)

@@ -40,6 +40,9 @@ MICRO_BATCH_TOKENS: Final = 256
 MICRO_BATCH_TOKENS_OFFLOADED: Final = 512
 """Most tokens computed at once by an accelerator, which needs more of them to be busy."""
 
+DEFAULT_CACHE_TYPE: Final = "f16"
+"""Type of keys and values when the request leaves it out."""
+
 EMBED_TOKENS: Final = 2048
 """Most tokens of a text to embed, unless the trained context is shorter or the batch is larger."""
 
@@ -56,6 +59,9 @@ _NO_MEMORY: Final = re.compile(
     r"unable to allocate|failed to (allocate|reserve)|bad_alloc|out of memory|cannot allocate memory|"
     r"alloc_buffer|alloc_tensor_range",
     re.IGNORECASE,
+)
+_CACHE_TYPE: Final = re.compile(
+    r"cache type .* does not divide|quantized V cache|different K \(.*\) and V \(.*\) cache types",
 )
 _ORIGIN: Final = re.compile(r"^\w+: (error loading model: )?")
 
@@ -215,6 +221,10 @@ def check_load(request: worker_pb2.Load) -> None:
         reject("target_step_milliseconds", f"is {request.target_step_milliseconds}; must be 1 or more")
     if request.gpu_layer_count < -1:
         reject("gpu_layer_count", f"is {request.gpu_layer_count}; must be -1 or more")
+    for field in ("cache_type_k", "cache_type_v"):
+        name = getattr(request, field)
+        if name and name not in llama.CACHE_TYPES:
+            reject(field, f"is {name!r}; must be one of {', '.join(llama.CACHE_TYPES)}")
     for field in ("context_size_tokens", "thread_count", "queue_limit"):
         value = getattr(request, field)
         if value < 0:
@@ -336,12 +346,16 @@ def _open(model: llama.Model, request: worker_pb2.Load, log: NativeLog) -> Loade
                 ),
                 slot_count=slots,
                 thread_count=threads,
+                cache_type_k=request.cache_type_k or DEFAULT_CACHE_TYPE,
+                cache_type_v=request.cache_type_v or DEFAULT_CACHE_TYPE,
             ),
         )
     else:
         context = open_embedding_context(model, token_limit=embed_limit, thread_count=threads)
     if context is None:
-        raise classify(request.model_path, log.take_errors())
+        errors = log.take_errors()
+        _reject_cache_type(errors)
+        raise classify(request.model_path, errors)
     if generates and not context.has_memory:
         context.close()
         context = open_embedding_context(model, token_limit=embed_limit, thread_count=threads)
@@ -363,6 +377,15 @@ def _open(model: llama.Model, request: worker_pb2.Load, log: NativeLog) -> Loade
         target_step_milliseconds=float(request.target_step_milliseconds),
         gpu_layer_count=offloaded,
     )
+
+
+def _reject_cache_type(errors: Sequence[str]) -> None:
+    """Raise INVALID_FIELD where llama.cpp refused a context for the types of its cache."""
+    for line in errors:
+        if _CACHE_TYPE.search(line):
+            cause = _ORIGIN.sub("", line).strip()
+            field = "cache_type_k" if cause.startswith("K cache") else "cache_type_v"
+            reject(field, f"does not suit this model: {cause}; f16 suits every model")
 
 
 def _offloaded_layers(model: llama.Model, requested: int) -> int:

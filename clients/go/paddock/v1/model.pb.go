@@ -699,6 +699,12 @@ type RuntimeOptions struct {
 	ThreadCount *int32 `protobuf:"varint,5,opt,name=thread_count,json=threadCount,proto3,oneof" json:"thread_count,omitempty"`
 	// Most tokens decoded in one step, 32 to 8192.
 	BatchSizeTokens *int32 `protobuf:"varint,6,opt,name=batch_size_tokens,json=batchSizeTokens,proto3,oneof" json:"batch_size_tokens,omitempty"`
+	// Type of the keys in the KV cache: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`,
+	// `q4_1`, `iq4_nl`, `q5_0` or `q5_1`.
+	CacheTypeK *string `protobuf:"bytes,7,opt,name=cache_type_k,json=cacheTypeK,proto3,oneof" json:"cache_type_k,omitempty"`
+	// Type of the values in the KV cache; one of the same names. Quantized ones
+	// need flash attention, and heads whose width their blocks divide.
+	CacheTypeV *string `protobuf:"bytes,8,opt,name=cache_type_v,json=cacheTypeV,proto3,oneof" json:"cache_type_v,omitempty"`
 	// Idle time before the model gives its memory back and sleeps; its process
 	// stays, and the next request wakes it. Zero disables it.
 	SleepTimeout  *durationpb.Duration `protobuf:"bytes,9,opt,name=sleep_timeout,json=sleepTimeout,proto3" json:"sleep_timeout,omitempty"`
@@ -776,6 +782,20 @@ func (x *RuntimeOptions) GetBatchSizeTokens() int32 {
 		return *x.BatchSizeTokens
 	}
 	return 0
+}
+
+func (x *RuntimeOptions) GetCacheTypeK() string {
+	if x != nil && x.CacheTypeK != nil {
+		return *x.CacheTypeK
+	}
+	return ""
+}
+
+func (x *RuntimeOptions) GetCacheTypeV() string {
+	if x != nil && x.CacheTypeV != nil {
+		return *x.CacheTypeV
+	}
+	return ""
 }
 
 func (x *RuntimeOptions) GetSleepTimeout() *durationpb.Duration {
@@ -1160,7 +1180,7 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12!\n" +
 	"\ffile_pattern\x18\x03 \x01(\tR\vfilePattern\"!\n" +
 	"\vLocalSource\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\xcf\x03\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xbf\x04\n" +
 	"\x0eRuntimeOptions\x123\n" +
 	"\x13context_size_tokens\x18\x01 \x01(\x05H\x00R\x11contextSizeTokens\x88\x01\x01\x12+\n" +
 	"\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01R\rgpuLayerCount\x88\x01\x01\x12\"\n" +
@@ -1168,13 +1188,19 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"slot_count\x18\x03 \x01(\x05H\x02R\tslotCount\x88\x01\x01\x12<\n" +
 	"\fidle_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12&\n" +
 	"\fthread_count\x18\x05 \x01(\x05H\x03R\vthreadCount\x88\x01\x01\x12/\n" +
-	"\x11batch_size_tokens\x18\x06 \x01(\x05H\x04R\x0fbatchSizeTokens\x88\x01\x01\x12>\n" +
+	"\x11batch_size_tokens\x18\x06 \x01(\x05H\x04R\x0fbatchSizeTokens\x88\x01\x01\x12%\n" +
+	"\fcache_type_k\x18\a \x01(\tH\x05R\n" +
+	"cacheTypeK\x88\x01\x01\x12%\n" +
+	"\fcache_type_v\x18\b \x01(\tH\x06R\n" +
+	"cacheTypeV\x88\x01\x01\x12>\n" +
 	"\rsleep_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\fsleepTimeoutB\x16\n" +
 	"\x14_context_size_tokensB\x12\n" +
 	"\x10_gpu_layer_countB\r\n" +
 	"\v_slot_countB\x0f\n" +
 	"\r_thread_countB\x14\n" +
-	"\x12_batch_size_tokens\"\x8d\x03\n" +
+	"\x12_batch_size_tokensB\x0f\n" +
+	"\r_cache_type_kB\x0f\n" +
+	"\r_cache_type_v\"\x8d\x03\n" +
 	"\tModelInfo\x12\"\n" +
 	"\farchitecture\x18\x01 \x01(\tR\farchitecture\x12\"\n" +
 	"\fquantization\x18\x02 \x01(\tR\fquantization\x12'\n" +

@@ -97,6 +97,145 @@ func (Stage) EnumDescriptor() ([]byte, []int) {
 	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{0}
 }
 
+// What memory is for. New values may be added; show an unknown value as
+// "other".
+type MemoryPartKind int32
+
+const (
+	// Never sent.
+	MemoryPartKind_MEMORY_PART_KIND_UNSPECIFIED MemoryPartKind = 0
+	// Weights as they are in the file.
+	MemoryPartKind_MEMORY_PART_KIND_WEIGHTS MemoryPartKind = 1
+	// Copies of weights, in the order the processor likes.
+	MemoryPartKind_MEMORY_PART_KIND_REPACKED_WEIGHTS MemoryPartKind = 2
+	// Keys and values.
+	MemoryPartKind_MEMORY_PART_KIND_KV_CACHE MemoryPartKind = 3
+	// States of recurrent layers.
+	MemoryPartKind_MEMORY_PART_KIND_RECURRENT_STATE MemoryPartKind = 4
+	// Scratch memory of the computation.
+	MemoryPartKind_MEMORY_PART_KIND_COMPUTE MemoryPartKind = 5
+	// Logits and embeddings.
+	MemoryPartKind_MEMORY_PART_KIND_OUTPUT MemoryPartKind = 6
+	// The projector of a model that sees or hears.
+	MemoryPartKind_MEMORY_PART_KIND_PROJECTOR MemoryPartKind = 7
+	// LoRA adapters.
+	MemoryPartKind_MEMORY_PART_KIND_ADAPTERS MemoryPartKind = 8
+	// The process: program, libraries, vocabulary, driver.
+	MemoryPartKind_MEMORY_PART_KIND_PROCESS MemoryPartKind = 9
+)
+
+// Enum value maps for MemoryPartKind.
+var (
+	MemoryPartKind_name = map[int32]string{
+		0: "MEMORY_PART_KIND_UNSPECIFIED",
+		1: "MEMORY_PART_KIND_WEIGHTS",
+		2: "MEMORY_PART_KIND_REPACKED_WEIGHTS",
+		3: "MEMORY_PART_KIND_KV_CACHE",
+		4: "MEMORY_PART_KIND_RECURRENT_STATE",
+		5: "MEMORY_PART_KIND_COMPUTE",
+		6: "MEMORY_PART_KIND_OUTPUT",
+		7: "MEMORY_PART_KIND_PROJECTOR",
+		8: "MEMORY_PART_KIND_ADAPTERS",
+		9: "MEMORY_PART_KIND_PROCESS",
+	}
+	MemoryPartKind_value = map[string]int32{
+		"MEMORY_PART_KIND_UNSPECIFIED":      0,
+		"MEMORY_PART_KIND_WEIGHTS":          1,
+		"MEMORY_PART_KIND_REPACKED_WEIGHTS": 2,
+		"MEMORY_PART_KIND_KV_CACHE":         3,
+		"MEMORY_PART_KIND_RECURRENT_STATE":  4,
+		"MEMORY_PART_KIND_COMPUTE":          5,
+		"MEMORY_PART_KIND_OUTPUT":           6,
+		"MEMORY_PART_KIND_PROJECTOR":        7,
+		"MEMORY_PART_KIND_ADAPTERS":         8,
+		"MEMORY_PART_KIND_PROCESS":          9,
+	}
+)
+
+func (x MemoryPartKind) Enum() *MemoryPartKind {
+	p := new(MemoryPartKind)
+	*p = x
+	return p
+}
+
+func (x MemoryPartKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemoryPartKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_manager_proto_enumTypes[1].Descriptor()
+}
+
+func (MemoryPartKind) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_manager_proto_enumTypes[1]
+}
+
+func (x MemoryPartKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemoryPartKind.Descriptor instead.
+func (MemoryPartKind) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{1}
+}
+
+// Whether a model fits.
+type MemoryVerdict int32
+
+const (
+	// Never sent.
+	MemoryVerdict_MEMORY_VERDICT_UNSPECIFIED MemoryVerdict = 0
+	// There is room for it now.
+	MemoryVerdict_MEMORY_VERDICT_FITS MemoryVerdict = 1
+	// There is room once other models have been unloaded.
+	MemoryVerdict_MEMORY_VERDICT_FITS_AFTER_EVICTION MemoryVerdict = 2
+	// There is never room on these devices with these options.
+	MemoryVerdict_MEMORY_VERDICT_NEVER_FITS MemoryVerdict = 3
+)
+
+// Enum value maps for MemoryVerdict.
+var (
+	MemoryVerdict_name = map[int32]string{
+		0: "MEMORY_VERDICT_UNSPECIFIED",
+		1: "MEMORY_VERDICT_FITS",
+		2: "MEMORY_VERDICT_FITS_AFTER_EVICTION",
+		3: "MEMORY_VERDICT_NEVER_FITS",
+	}
+	MemoryVerdict_value = map[string]int32{
+		"MEMORY_VERDICT_UNSPECIFIED":         0,
+		"MEMORY_VERDICT_FITS":                1,
+		"MEMORY_VERDICT_FITS_AFTER_EVICTION": 2,
+		"MEMORY_VERDICT_NEVER_FITS":          3,
+	}
+)
+
+func (x MemoryVerdict) Enum() *MemoryVerdict {
+	p := new(MemoryVerdict)
+	*p = x
+	return p
+}
+
+func (x MemoryVerdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemoryVerdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_manager_proto_enumTypes[2].Descriptor()
+}
+
+func (MemoryVerdict) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_manager_proto_enumTypes[2]
+}
+
+func (x MemoryVerdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemoryVerdict.Descriptor instead.
+func (MemoryVerdict) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{2}
+}
+
 // What to do when the model is loaded with different options.
 type LoadConflictPolicy int32
 
@@ -138,11 +277,11 @@ func (x LoadConflictPolicy) String() string {
 }
 
 func (LoadConflictPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[1].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[3].Descriptor()
 }
 
 func (LoadConflictPolicy) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[1]
+	return &file_paddock_v1_model_manager_proto_enumTypes[3]
 }
 
 func (x LoadConflictPolicy) Number() protoreflect.EnumNumber {
@@ -151,7 +290,7 @@ func (x LoadConflictPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LoadConflictPolicy.Descriptor instead.
 func (LoadConflictPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{1}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{3}
 }
 
 // What to do with requests in progress.
@@ -191,11 +330,11 @@ func (x UnloadMode) String() string {
 }
 
 func (UnloadMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[2].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[4].Descriptor()
 }
 
 func (UnloadMode) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[2]
+	return &file_paddock_v1_model_manager_proto_enumTypes[4]
 }
 
 func (x UnloadMode) Number() protoreflect.EnumNumber {
@@ -204,7 +343,7 @@ func (x UnloadMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use UnloadMode.Descriptor instead.
 func (UnloadMode) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{2}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{4}
 }
 
 // What to do when the model is not loaded.
@@ -244,11 +383,11 @@ func (x AutoloadPolicy) String() string {
 }
 
 func (AutoloadPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[3].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[5].Descriptor()
 }
 
 func (AutoloadPolicy) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[3]
+	return &file_paddock_v1_model_manager_proto_enumTypes[5]
 }
 
 func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
@@ -257,7 +396,7 @@ func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AutoloadPolicy.Descriptor instead.
 func (AutoloadPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{3}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{5}
 }
 
 // Request of `Load`.
@@ -3745,6 +3884,291 @@ func (x *DeleteResponse) GetFreedBytes() int64 {
 	return 0
 }
 
+// Request of `EstimateMemory`.
+type EstimateMemoryRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Model to estimate. Required.
+	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// Where it is, as in `LoadRequest`.
+	Source *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Options it would be loaded with. Unset fields take what a load would take.
+	RuntimeOptions *RuntimeOptions `protobuf:"bytes,3,opt,name=runtime_options,json=runtimeOptions,proto3" json:"runtime_options,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *EstimateMemoryRequest) Reset() {
+	*x = EstimateMemoryRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateMemoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateMemoryRequest) ProtoMessage() {}
+
+func (x *EstimateMemoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateMemoryRequest.ProtoReflect.Descriptor instead.
+func (*EstimateMemoryRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *EstimateMemoryRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *EstimateMemoryRequest) GetSource() *ModelSource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *EstimateMemoryRequest) GetRuntimeOptions() *RuntimeOptions {
+	if x != nil {
+		return x.RuntimeOptions
+	}
+	return nil
+}
+
+// Response of `EstimateMemory`.
+type EstimateMemoryResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the memory is for, by device.
+	Parts []*MemoryPart `protobuf:"bytes,1,rep,name=parts,proto3" json:"parts,omitempty"`
+	// Every device: what the model needs of it and what there is.
+	Devices []*DeviceMemory `protobuf:"bytes,2,rep,name=devices,proto3" json:"devices,omitempty"`
+	// Whether it fits.
+	Verdict MemoryVerdict `protobuf:"varint,3,opt,name=verdict,proto3,enum=paddock.v1.MemoryVerdict" json:"verdict,omitempty"`
+	// Options the estimate is for. A context size of zero that was asked for is
+	// replaced by the largest that fits; so are the slots that then have no
+	// room, unless they were asked for.
+	RuntimeOptions *RuntimeOptions `protobuf:"bytes,4,opt,name=runtime_options,json=runtimeOptions,proto3" json:"runtime_options,omitempty"`
+	// Sentence that says why the estimate may be far off. Empty when it is not.
+	Roughness     string `protobuf:"bytes,5,opt,name=roughness,proto3" json:"roughness,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateMemoryResponse) Reset() {
+	*x = EstimateMemoryResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateMemoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateMemoryResponse) ProtoMessage() {}
+
+func (x *EstimateMemoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateMemoryResponse.ProtoReflect.Descriptor instead.
+func (*EstimateMemoryResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *EstimateMemoryResponse) GetParts() []*MemoryPart {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
+func (x *EstimateMemoryResponse) GetDevices() []*DeviceMemory {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *EstimateMemoryResponse) GetVerdict() MemoryVerdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return MemoryVerdict_MEMORY_VERDICT_UNSPECIFIED
+}
+
+func (x *EstimateMemoryResponse) GetRuntimeOptions() *RuntimeOptions {
+	if x != nil {
+		return x.RuntimeOptions
+	}
+	return nil
+}
+
+func (x *EstimateMemoryResponse) GetRoughness() string {
+	if x != nil {
+		return x.Roughness
+	}
+	return ""
+}
+
+// Memory of one kind on one device.
+type MemoryPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the device, `RAM` or for example `CUDA0`.
+	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// What it is for.
+	Kind MemoryPartKind `protobuf:"varint,2,opt,name=kind,proto3,enum=paddock.v1.MemoryPartKind" json:"kind,omitempty"`
+	// How much.
+	SizeBytes     int64 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryPart) Reset() {
+	*x = MemoryPart{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryPart) ProtoMessage() {}
+
+func (x *MemoryPart) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryPart.ProtoReflect.Descriptor instead.
+func (*MemoryPart) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *MemoryPart) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *MemoryPart) GetKind() MemoryPartKind {
+	if x != nil {
+		return x.Kind
+	}
+	return MemoryPartKind_MEMORY_PART_KIND_UNSPECIFIED
+}
+
+func (x *MemoryPart) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+// A device, seen from a model that is to be loaded.
+type DeviceMemory struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the device, `RAM` or for example `CUDA0`.
+	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// What the model needs.
+	NeededBytes int64 `protobuf:"varint,2,opt,name=needed_bytes,json=neededBytes,proto3" json:"needed_bytes,omitempty"`
+	// What all models together may have.
+	BudgetBytes int64 `protobuf:"varint,3,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
+	// What loaded models have now.
+	HeldBytes     int64 `protobuf:"varint,4,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceMemory) Reset() {
+	*x = DeviceMemory{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceMemory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceMemory) ProtoMessage() {}
+
+func (x *DeviceMemory) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceMemory.ProtoReflect.Descriptor instead.
+func (*DeviceMemory) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *DeviceMemory) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DeviceMemory) GetNeededBytes() int64 {
+	if x != nil {
+		return x.NeededBytes
+	}
+	return 0
+}
+
+func (x *DeviceMemory) GetBudgetBytes() int64 {
+	if x != nil {
+		return x.BudgetBytes
+	}
+	return 0
+}
+
+func (x *DeviceMemory) GetHeldBytes() int64 {
+	if x != nil {
+		return x.HeldBytes
+	}
+	return 0
+}
+
 // Request of `GetServerInfo`.
 type GetServerInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3754,7 +4178,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +4190,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +4203,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{56}
 }
 
 // Response of `GetServerInfo`.
@@ -3794,7 +4218,8 @@ type GetServerInfoResponse struct {
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// Optional features, for example `embeddings`, `vision`, `sleep`.
 	Features []string `protobuf:"bytes,4,rep,name=features,proto3" json:"features,omitempty"`
-	// Accelerators. Empty until memory admission is built.
+	// What models can be loaded into: the machine's own memory first, then each
+	// accelerator.
 	Devices       []*Device `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3802,7 +4227,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3814,7 +4239,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3827,7 +4252,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -3865,12 +4290,13 @@ func (x *GetServerInfoResponse) GetDevices() []*Device {
 	return nil
 }
 
-// An accelerator.
+// The machine's own memory, or an accelerator.
 type Device struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name, for example `CUDA0: NVIDIA H200`.
+	// Name, for example `RAM` or `CUDA0: NVIDIA H200`.
 	DisplayName string `protobuf:"bytes,1,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
-	// Memory in all.
+	// Memory in all. Of the machine's own, what the server's control group may
+	// use where that is less.
 	TotalBytes int64 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
 	// Memory free now.
 	FreeBytes     int64 `protobuf:"varint,3,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
@@ -3880,7 +4306,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3892,7 +4318,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3905,7 +4331,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{54}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -4155,7 +4581,29 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"1\n" +
 	"\x0eDeleteResponse\x12\x1f\n" +
 	"\vfreed_bytes\x18\x01 \x01(\x03R\n" +
-	"freedBytes\"\x16\n" +
+	"freedBytes\"\xa3\x01\n" +
+	"\x15EstimateMemoryRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12/\n" +
+	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12C\n" +
+	"\x0fruntime_options\x18\x03 \x01(\v2\x1a.paddock.v1.RuntimeOptionsR\x0eruntimeOptions\"\x92\x02\n" +
+	"\x16EstimateMemoryResponse\x12,\n" +
+	"\x05parts\x18\x01 \x03(\v2\x16.paddock.v1.MemoryPartR\x05parts\x122\n" +
+	"\adevices\x18\x02 \x03(\v2\x18.paddock.v1.DeviceMemoryR\adevices\x123\n" +
+	"\averdict\x18\x03 \x01(\x0e2\x19.paddock.v1.MemoryVerdictR\averdict\x12C\n" +
+	"\x0fruntime_options\x18\x04 \x01(\v2\x1a.paddock.v1.RuntimeOptionsR\x0eruntimeOptions\x12\x1c\n" +
+	"\troughness\x18\x05 \x01(\tR\troughness\"s\n" +
+	"\n" +
+	"MemoryPart\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12.\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x1a.paddock.v1.MemoryPartKindR\x04kind\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\x8b\x01\n" +
+	"\fDeviceMemory\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12!\n" +
+	"\fneeded_bytes\x18\x02 \x01(\x03R\vneededBytes\x12!\n" +
+	"\fbudget_bytes\x18\x03 \x01(\x03R\vbudgetBytes\x12\x1d\n" +
+	"\n" +
+	"held_bytes\x18\x04 \x01(\x03R\theldBytes\"\x16\n" +
 	"\x14GetServerInfoRequest\"\xd7\x01\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1f\n" +
@@ -4179,7 +4627,23 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\vSTAGE_ADMIT\x10\x04\x12\x0f\n" +
 	"\vSTAGE_SPAWN\x10\x05\x12\x11\n" +
 	"\rSTAGE_WEIGHTS\x10\x06\x12\x10\n" +
-	"\fSTAGE_WARMUP\x10\a*\x99\x01\n" +
+	"\fSTAGE_WARMUP\x10\a*\xd4\x02\n" +
+	"\x0eMemoryPartKind\x12 \n" +
+	"\x1cMEMORY_PART_KIND_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18MEMORY_PART_KIND_WEIGHTS\x10\x01\x12%\n" +
+	"!MEMORY_PART_KIND_REPACKED_WEIGHTS\x10\x02\x12\x1d\n" +
+	"\x19MEMORY_PART_KIND_KV_CACHE\x10\x03\x12$\n" +
+	" MEMORY_PART_KIND_RECURRENT_STATE\x10\x04\x12\x1c\n" +
+	"\x18MEMORY_PART_KIND_COMPUTE\x10\x05\x12\x1b\n" +
+	"\x17MEMORY_PART_KIND_OUTPUT\x10\x06\x12\x1e\n" +
+	"\x1aMEMORY_PART_KIND_PROJECTOR\x10\a\x12\x1d\n" +
+	"\x19MEMORY_PART_KIND_ADAPTERS\x10\b\x12\x1c\n" +
+	"\x18MEMORY_PART_KIND_PROCESS\x10\t*\x8f\x01\n" +
+	"\rMemoryVerdict\x12\x1e\n" +
+	"\x1aMEMORY_VERDICT_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13MEMORY_VERDICT_FITS\x10\x01\x12&\n" +
+	"\"MEMORY_VERDICT_FITS_AFTER_EVICTION\x10\x02\x12\x1d\n" +
+	"\x19MEMORY_VERDICT_NEVER_FITS\x10\x03*\x99\x01\n" +
 	"\x12LoadConflictPolicy\x12$\n" +
 	" LOAD_CONFLICT_POLICY_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19LOAD_CONFLICT_POLICY_FAIL\x10\x01\x12\x1d\n" +
@@ -4193,7 +4657,7 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xef\b\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xcd\t\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
 	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12<\n" +
@@ -4211,7 +4675,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\n" +
 	"StreamLogs\x12\x1d.paddock.v1.StreamLogsRequest\x1a\x1e.paddock.v1.StreamLogsResponse0\x01\x12G\n" +
 	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12?\n" +
-	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12Y\n" +
+	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12\\\n" +
+	"\x0eEstimateMemory\x12!.paddock.v1.EstimateMemoryRequest\x1a\".paddock.v1.EstimateMemoryResponse\"\x03\x90\x02\x01\x12Y\n" +
 	"\rGetServerInfo\x12 .paddock.v1.GetServerInfoRequest\x1a!.paddock.v1.GetServerInfoResponse\"\x03\x90\x02\x01B\xae\x01\n" +
 	"\x0ecom.paddock.v1B\x11ModelManagerProtoP\x01Z@github.com/paddock-serve/paddock/clients/go/paddock/v1;paddockv1\xa2\x02\x03PXX\xaa\x02\n" +
 	"Paddock.V1\xca\x02\n" +
@@ -4229,190 +4694,205 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 	return file_paddock_v1_model_manager_proto_rawDescData
 }
 
-var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
-	(Stage)(0),                    // 0: paddock.v1.Stage
-	(LoadConflictPolicy)(0),       // 1: paddock.v1.LoadConflictPolicy
-	(UnloadMode)(0),               // 2: paddock.v1.UnloadMode
-	(AutoloadPolicy)(0),           // 3: paddock.v1.AutoloadPolicy
-	(*LoadRequest)(nil),           // 4: paddock.v1.LoadRequest
-	(*LoadResponse)(nil),          // 5: paddock.v1.LoadResponse
-	(*Loaded)(nil),                // 6: paddock.v1.Loaded
-	(*ProgressEvent)(nil),         // 7: paddock.v1.ProgressEvent
-	(*StageStarted)(nil),          // 8: paddock.v1.StageStarted
-	(*StageAdvanced)(nil),         // 9: paddock.v1.StageAdvanced
-	(*StageFinished)(nil),         // 10: paddock.v1.StageFinished
-	(*StageWarning)(nil),          // 11: paddock.v1.StageWarning
-	(*UnloadRequest)(nil),         // 12: paddock.v1.UnloadRequest
-	(*UnloadResponse)(nil),        // 13: paddock.v1.UnloadResponse
-	(*SleepRequest)(nil),          // 14: paddock.v1.SleepRequest
-	(*SleepResponse)(nil),         // 15: paddock.v1.SleepResponse
-	(*PinRequest)(nil),            // 16: paddock.v1.PinRequest
-	(*PinResponse)(nil),           // 17: paddock.v1.PinResponse
-	(*ListRequest)(nil),           // 18: paddock.v1.ListRequest
-	(*ListResponse)(nil),          // 19: paddock.v1.ListResponse
-	(*GetRequest)(nil),            // 20: paddock.v1.GetRequest
-	(*GetResponse)(nil),           // 21: paddock.v1.GetResponse
-	(*WatchRequest)(nil),          // 22: paddock.v1.WatchRequest
-	(*WatchResponse)(nil),         // 23: paddock.v1.WatchResponse
-	(*ModelChanged)(nil),          // 24: paddock.v1.ModelChanged
-	(*ModelDeleted)(nil),          // 25: paddock.v1.ModelDeleted
-	(*Synced)(nil),                // 26: paddock.v1.Synced
-	(*GenerateRequest)(nil),       // 27: paddock.v1.GenerateRequest
-	(*GenerateResponse)(nil),      // 28: paddock.v1.GenerateResponse
-	(*PromptProgress)(nil),        // 29: paddock.v1.PromptProgress
-	(*Deltas)(nil),                // 30: paddock.v1.Deltas
-	(*Started)(nil),               // 31: paddock.v1.Started
-	(*Generated)(nil),             // 32: paddock.v1.Generated
-	(*GenerateManyRequest)(nil),   // 33: paddock.v1.GenerateManyRequest
-	(*GenerationCommand)(nil),     // 34: paddock.v1.GenerationCommand
-	(*StartGeneration)(nil),       // 35: paddock.v1.StartGeneration
-	(*GrantCredit)(nil),           // 36: paddock.v1.GrantCredit
-	(*CancelGeneration)(nil),      // 37: paddock.v1.CancelGeneration
-	(*GenerateManyResponse)(nil),  // 38: paddock.v1.GenerateManyResponse
-	(*GenerationEvent)(nil),       // 39: paddock.v1.GenerationEvent
-	(*GenerationError)(nil),       // 40: paddock.v1.GenerationError
-	(*FieldViolation)(nil),        // 41: paddock.v1.FieldViolation
-	(*EmbedRequest)(nil),          // 42: paddock.v1.EmbedRequest
-	(*EmbedResponse)(nil),         // 43: paddock.v1.EmbedResponse
-	(*Embedding)(nil),             // 44: paddock.v1.Embedding
-	(*TokenizeRequest)(nil),       // 45: paddock.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),      // 46: paddock.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),     // 47: paddock.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),    // 48: paddock.v1.DetokenizeResponse
-	(*StreamLogsRequest)(nil),     // 49: paddock.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),    // 50: paddock.v1.StreamLogsResponse
-	(*LogLine)(nil),               // 51: paddock.v1.LogLine
-	(*DownloadRequest)(nil),       // 52: paddock.v1.DownloadRequest
-	(*DownloadResponse)(nil),      // 53: paddock.v1.DownloadResponse
-	(*DeleteRequest)(nil),         // 54: paddock.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 55: paddock.v1.DeleteResponse
-	(*GetServerInfoRequest)(nil),  // 56: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil), // 57: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                // 58: paddock.v1.Device
-	nil,                           // 59: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),           // 60: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),        // 61: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),   // 62: google.protobuf.Duration
-	(*Model)(nil),                 // 63: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil), // 64: google.protobuf.Timestamp
-	(*Failure)(nil),               // 65: paddock.v1.Failure
-	(ModelState)(0),               // 66: paddock.v1.ModelState
-	(*ChatInput)(nil),             // 67: paddock.v1.ChatInput
-	(*TokenInput)(nil),            // 68: paddock.v1.TokenInput
-	(*SamplingParams)(nil),        // 69: paddock.v1.SamplingParams
-	(*StopParams)(nil),            // 70: paddock.v1.StopParams
-	(*OutputConstraint)(nil),      // 71: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),         // 72: paddock.v1.LogprobParams
-	(*Delta)(nil),                 // 73: paddock.v1.Delta
-	(*Usage)(nil),                 // 74: paddock.v1.Usage
-	(*Timings)(nil),               // 75: paddock.v1.Timings
+	(Stage)(0),                     // 0: paddock.v1.Stage
+	(MemoryPartKind)(0),            // 1: paddock.v1.MemoryPartKind
+	(MemoryVerdict)(0),             // 2: paddock.v1.MemoryVerdict
+	(LoadConflictPolicy)(0),        // 3: paddock.v1.LoadConflictPolicy
+	(UnloadMode)(0),                // 4: paddock.v1.UnloadMode
+	(AutoloadPolicy)(0),            // 5: paddock.v1.AutoloadPolicy
+	(*LoadRequest)(nil),            // 6: paddock.v1.LoadRequest
+	(*LoadResponse)(nil),           // 7: paddock.v1.LoadResponse
+	(*Loaded)(nil),                 // 8: paddock.v1.Loaded
+	(*ProgressEvent)(nil),          // 9: paddock.v1.ProgressEvent
+	(*StageStarted)(nil),           // 10: paddock.v1.StageStarted
+	(*StageAdvanced)(nil),          // 11: paddock.v1.StageAdvanced
+	(*StageFinished)(nil),          // 12: paddock.v1.StageFinished
+	(*StageWarning)(nil),           // 13: paddock.v1.StageWarning
+	(*UnloadRequest)(nil),          // 14: paddock.v1.UnloadRequest
+	(*UnloadResponse)(nil),         // 15: paddock.v1.UnloadResponse
+	(*SleepRequest)(nil),           // 16: paddock.v1.SleepRequest
+	(*SleepResponse)(nil),          // 17: paddock.v1.SleepResponse
+	(*PinRequest)(nil),             // 18: paddock.v1.PinRequest
+	(*PinResponse)(nil),            // 19: paddock.v1.PinResponse
+	(*ListRequest)(nil),            // 20: paddock.v1.ListRequest
+	(*ListResponse)(nil),           // 21: paddock.v1.ListResponse
+	(*GetRequest)(nil),             // 22: paddock.v1.GetRequest
+	(*GetResponse)(nil),            // 23: paddock.v1.GetResponse
+	(*WatchRequest)(nil),           // 24: paddock.v1.WatchRequest
+	(*WatchResponse)(nil),          // 25: paddock.v1.WatchResponse
+	(*ModelChanged)(nil),           // 26: paddock.v1.ModelChanged
+	(*ModelDeleted)(nil),           // 27: paddock.v1.ModelDeleted
+	(*Synced)(nil),                 // 28: paddock.v1.Synced
+	(*GenerateRequest)(nil),        // 29: paddock.v1.GenerateRequest
+	(*GenerateResponse)(nil),       // 30: paddock.v1.GenerateResponse
+	(*PromptProgress)(nil),         // 31: paddock.v1.PromptProgress
+	(*Deltas)(nil),                 // 32: paddock.v1.Deltas
+	(*Started)(nil),                // 33: paddock.v1.Started
+	(*Generated)(nil),              // 34: paddock.v1.Generated
+	(*GenerateManyRequest)(nil),    // 35: paddock.v1.GenerateManyRequest
+	(*GenerationCommand)(nil),      // 36: paddock.v1.GenerationCommand
+	(*StartGeneration)(nil),        // 37: paddock.v1.StartGeneration
+	(*GrantCredit)(nil),            // 38: paddock.v1.GrantCredit
+	(*CancelGeneration)(nil),       // 39: paddock.v1.CancelGeneration
+	(*GenerateManyResponse)(nil),   // 40: paddock.v1.GenerateManyResponse
+	(*GenerationEvent)(nil),        // 41: paddock.v1.GenerationEvent
+	(*GenerationError)(nil),        // 42: paddock.v1.GenerationError
+	(*FieldViolation)(nil),         // 43: paddock.v1.FieldViolation
+	(*EmbedRequest)(nil),           // 44: paddock.v1.EmbedRequest
+	(*EmbedResponse)(nil),          // 45: paddock.v1.EmbedResponse
+	(*Embedding)(nil),              // 46: paddock.v1.Embedding
+	(*TokenizeRequest)(nil),        // 47: paddock.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),       // 48: paddock.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),      // 49: paddock.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),     // 50: paddock.v1.DetokenizeResponse
+	(*StreamLogsRequest)(nil),      // 51: paddock.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),     // 52: paddock.v1.StreamLogsResponse
+	(*LogLine)(nil),                // 53: paddock.v1.LogLine
+	(*DownloadRequest)(nil),        // 54: paddock.v1.DownloadRequest
+	(*DownloadResponse)(nil),       // 55: paddock.v1.DownloadResponse
+	(*DeleteRequest)(nil),          // 56: paddock.v1.DeleteRequest
+	(*DeleteResponse)(nil),         // 57: paddock.v1.DeleteResponse
+	(*EstimateMemoryRequest)(nil),  // 58: paddock.v1.EstimateMemoryRequest
+	(*EstimateMemoryResponse)(nil), // 59: paddock.v1.EstimateMemoryResponse
+	(*MemoryPart)(nil),             // 60: paddock.v1.MemoryPart
+	(*DeviceMemory)(nil),           // 61: paddock.v1.DeviceMemory
+	(*GetServerInfoRequest)(nil),   // 62: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil),  // 63: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                 // 64: paddock.v1.Device
+	nil,                            // 65: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),            // 66: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),         // 67: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),    // 68: google.protobuf.Duration
+	(*Model)(nil),                  // 69: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil),  // 70: google.protobuf.Timestamp
+	(*Failure)(nil),                // 71: paddock.v1.Failure
+	(ModelState)(0),                // 72: paddock.v1.ModelState
+	(*ChatInput)(nil),              // 73: paddock.v1.ChatInput
+	(*TokenInput)(nil),             // 74: paddock.v1.TokenInput
+	(*SamplingParams)(nil),         // 75: paddock.v1.SamplingParams
+	(*StopParams)(nil),             // 76: paddock.v1.StopParams
+	(*OutputConstraint)(nil),       // 77: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),          // 78: paddock.v1.LogprobParams
+	(*Delta)(nil),                  // 79: paddock.v1.Delta
+	(*Usage)(nil),                  // 80: paddock.v1.Usage
+	(*Timings)(nil),                // 81: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	60, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	61, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	1,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	62, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
-	7,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	6,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	63, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	62, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	66, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	67, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	3,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
+	68, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	9,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	8,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
+	69, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	68, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	64, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
-	8,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
-	9,  // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
-	10, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
-	11, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	62, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	65, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
-	2,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	62, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	63, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	63, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
-	63, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
-	66, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	63, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	63, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
-	24, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
-	25, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
-	26, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	63, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	66, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	67, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	68, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	69, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	70, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	71, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	72, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
-	3,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	62, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
-	31, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
-	30, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
-	32, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
-	29, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	73, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	74, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	75, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
-	34, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
-	35, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
-	36, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
-	37, // 47: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
-	27, // 48: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
-	39, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
-	28, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
-	40, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	59, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
-	41, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	62, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
-	3,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	62, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
-	44, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	74, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
-	51, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	64, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	60, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
-	7,  // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	63, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	64, // 64: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	58, // 65: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	4,  // 66: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	12, // 67: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	14, // 68: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
-	16, // 69: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
-	18, // 70: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	20, // 71: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	22, // 72: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	27, // 73: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	33, // 74: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	42, // 75: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	45, // 76: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	47, // 77: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	49, // 78: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	52, // 79: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	54, // 80: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	56, // 81: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	5,  // 82: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	13, // 83: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	15, // 84: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
-	17, // 85: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
-	19, // 86: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	21, // 87: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	23, // 88: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	28, // 89: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	38, // 90: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	43, // 91: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	46, // 92: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	48, // 93: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	50, // 94: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	53, // 95: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	55, // 96: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	57, // 97: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	82, // [82:98] is the sub-list for method output_type
-	66, // [66:82] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	70, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	10, // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
+	11, // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
+	12, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
+	13, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
+	68, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	71, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	4,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
+	68, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	69, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	69, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
+	69, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
+	72, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	69, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	69, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	26, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
+	27, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
+	28, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
+	69, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	72, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	73, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	74, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	75, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	76, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	77, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	78, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	5,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	68, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
+	33, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
+	32, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
+	34, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
+	31, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
+	79, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	80, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	81, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	36, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
+	37, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
+	38, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
+	39, // 47: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
+	29, // 48: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
+	41, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
+	30, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
+	42, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
+	65, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	43, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
+	68, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	5,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	68, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
+	46, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
+	80, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	53, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
+	70, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	66, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	9,  // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	69, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	66, // 64: paddock.v1.EstimateMemoryRequest.source:type_name -> paddock.v1.ModelSource
+	67, // 65: paddock.v1.EstimateMemoryRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	60, // 66: paddock.v1.EstimateMemoryResponse.parts:type_name -> paddock.v1.MemoryPart
+	61, // 67: paddock.v1.EstimateMemoryResponse.devices:type_name -> paddock.v1.DeviceMemory
+	2,  // 68: paddock.v1.EstimateMemoryResponse.verdict:type_name -> paddock.v1.MemoryVerdict
+	67, // 69: paddock.v1.EstimateMemoryResponse.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	1,  // 70: paddock.v1.MemoryPart.kind:type_name -> paddock.v1.MemoryPartKind
+	70, // 71: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	64, // 72: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	6,  // 73: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	14, // 74: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	16, // 75: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
+	18, // 76: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
+	20, // 77: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	22, // 78: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	24, // 79: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	29, // 80: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	35, // 81: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	44, // 82: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	47, // 83: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	49, // 84: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	51, // 85: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	54, // 86: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	56, // 87: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	58, // 88: paddock.v1.ModelManager.EstimateMemory:input_type -> paddock.v1.EstimateMemoryRequest
+	62, // 89: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	7,  // 90: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	15, // 91: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	17, // 92: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
+	19, // 93: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
+	21, // 94: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	23, // 95: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	25, // 96: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	30, // 97: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	40, // 98: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	45, // 99: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	48, // 100: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	50, // 101: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	52, // 102: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	55, // 103: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	57, // 104: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	59, // 105: paddock.v1.ModelManager.EstimateMemory:output_type -> paddock.v1.EstimateMemoryResponse
+	63, // 106: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	90, // [90:107] is the sub-list for method output_type
+	73, // [73:90] is the sub-list for method input_type
+	73, // [73:73] is the sub-list for extension type_name
+	73, // [73:73] is the sub-list for extension extendee
+	0,  // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -4467,8 +4947,8 @@ func file_paddock_v1_model_manager_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   56,
+			NumEnums:      6,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,22 +19,23 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ModelManager_Load_FullMethodName          = "/paddock.v1.ModelManager/Load"
-	ModelManager_Unload_FullMethodName        = "/paddock.v1.ModelManager/Unload"
-	ModelManager_Sleep_FullMethodName         = "/paddock.v1.ModelManager/Sleep"
-	ModelManager_Pin_FullMethodName           = "/paddock.v1.ModelManager/Pin"
-	ModelManager_List_FullMethodName          = "/paddock.v1.ModelManager/List"
-	ModelManager_Get_FullMethodName           = "/paddock.v1.ModelManager/Get"
-	ModelManager_Watch_FullMethodName         = "/paddock.v1.ModelManager/Watch"
-	ModelManager_Generate_FullMethodName      = "/paddock.v1.ModelManager/Generate"
-	ModelManager_GenerateMany_FullMethodName  = "/paddock.v1.ModelManager/GenerateMany"
-	ModelManager_Embed_FullMethodName         = "/paddock.v1.ModelManager/Embed"
-	ModelManager_Tokenize_FullMethodName      = "/paddock.v1.ModelManager/Tokenize"
-	ModelManager_Detokenize_FullMethodName    = "/paddock.v1.ModelManager/Detokenize"
-	ModelManager_StreamLogs_FullMethodName    = "/paddock.v1.ModelManager/StreamLogs"
-	ModelManager_Download_FullMethodName      = "/paddock.v1.ModelManager/Download"
-	ModelManager_Delete_FullMethodName        = "/paddock.v1.ModelManager/Delete"
-	ModelManager_GetServerInfo_FullMethodName = "/paddock.v1.ModelManager/GetServerInfo"
+	ModelManager_Load_FullMethodName           = "/paddock.v1.ModelManager/Load"
+	ModelManager_Unload_FullMethodName         = "/paddock.v1.ModelManager/Unload"
+	ModelManager_Sleep_FullMethodName          = "/paddock.v1.ModelManager/Sleep"
+	ModelManager_Pin_FullMethodName            = "/paddock.v1.ModelManager/Pin"
+	ModelManager_List_FullMethodName           = "/paddock.v1.ModelManager/List"
+	ModelManager_Get_FullMethodName            = "/paddock.v1.ModelManager/Get"
+	ModelManager_Watch_FullMethodName          = "/paddock.v1.ModelManager/Watch"
+	ModelManager_Generate_FullMethodName       = "/paddock.v1.ModelManager/Generate"
+	ModelManager_GenerateMany_FullMethodName   = "/paddock.v1.ModelManager/GenerateMany"
+	ModelManager_Embed_FullMethodName          = "/paddock.v1.ModelManager/Embed"
+	ModelManager_Tokenize_FullMethodName       = "/paddock.v1.ModelManager/Tokenize"
+	ModelManager_Detokenize_FullMethodName     = "/paddock.v1.ModelManager/Detokenize"
+	ModelManager_StreamLogs_FullMethodName     = "/paddock.v1.ModelManager/StreamLogs"
+	ModelManager_Download_FullMethodName       = "/paddock.v1.ModelManager/Download"
+	ModelManager_Delete_FullMethodName         = "/paddock.v1.ModelManager/Delete"
+	ModelManager_EstimateMemory_FullMethodName = "/paddock.v1.ModelManager/EstimateMemory"
+	ModelManager_GetServerInfo_FullMethodName  = "/paddock.v1.ModelManager/GetServerInfo"
 )
 
 // ModelManagerClient is the client API for ModelManager service.
@@ -145,6 +146,14 @@ type ModelManagerClient interface {
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
+	// Says what a model would take in memory, without loading it.
+	//
+	// Reads only what the server knows of the model's files; nothing is started
+	// or reserved. What it says of free memory is out of date at once.
+	//
+	// Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+	// cannot be loaded.
+	EstimateMemory(ctx context.Context, in *EstimateMemoryRequest, opts ...grpc.CallOption) (*EstimateMemoryResponse, error)
 	// Describes the server.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 }
@@ -355,6 +364,16 @@ func (c *modelManagerClient) Delete(ctx context.Context, in *DeleteRequest, opts
 	return out, nil
 }
 
+func (c *modelManagerClient) EstimateMemory(ctx context.Context, in *EstimateMemoryRequest, opts ...grpc.CallOption) (*EstimateMemoryResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EstimateMemoryResponse)
+	err := c.cc.Invoke(ctx, ModelManager_EstimateMemory_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *modelManagerClient) GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetServerInfoResponse)
@@ -473,6 +492,14 @@ type ModelManagerServer interface {
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
+	// Says what a model would take in memory, without loading it.
+	//
+	// Reads only what the server knows of the model's files; nothing is started
+	// or reserved. What it says of free memory is out of date at once.
+	//
+	// Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+	// cannot be loaded.
+	EstimateMemory(context.Context, *EstimateMemoryRequest) (*EstimateMemoryResponse, error)
 	// Describes the server.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	mustEmbedUnimplementedModelManagerServer()
@@ -529,6 +556,9 @@ func (UnimplementedModelManagerServer) Download(*DownloadRequest, grpc.ServerStr
 }
 func (UnimplementedModelManagerServer) Delete(context.Context, *DeleteRequest) (*DeleteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Delete not implemented")
+}
+func (UnimplementedModelManagerServer) EstimateMemory(context.Context, *EstimateMemoryRequest) (*EstimateMemoryResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EstimateMemory not implemented")
 }
 func (UnimplementedModelManagerServer) GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetServerInfo not implemented")
@@ -778,6 +808,24 @@ func _ModelManager_Delete_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ModelManager_EstimateMemory_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EstimateMemoryRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).EstimateMemory(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_EstimateMemory_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).EstimateMemory(ctx, req.(*EstimateMemoryRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ModelManager_GetServerInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetServerInfoRequest)
 	if err := dec(in); err != nil {
@@ -838,6 +886,10 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Delete",
 			Handler:    _ModelManager_Delete_Handler,
+		},
+		{
+			MethodName: "EstimateMemory",
+			Handler:    _ModelManager_EstimateMemory_Handler,
 		},
 		{
 			MethodName: "GetServerInfo",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, doctor, models, talk, watch
+from paddock.cli import daemons, doctor, memory, models, talk, watch
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -44,6 +44,7 @@ for command in (
     models.ls,
     models.ps,
     models.show,
+    memory.estimate,
     models.load,
     models.unload,
     models.sleep,

@@ -70,6 +70,12 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "batch_size": Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Most tokens decoded in one step.")
     ],
+    "cache_type_k": Annotated[
+        str | None, typer.Option("--cache-type-k", "-ctk", help="Type of the keys in the KV cache.")
+    ],
+    "cache_type_v": Annotated[
+        str | None, typer.Option("--cache-type-v", "-ctv", help="Type of the values in the KV cache.")
+    ],
     "queue_limit": Annotated[int | None, typer.Option(help="Requests that may wait for one model.")],
     "target_step_milliseconds": Annotated[
         int | None, typer.Option(help="Length of a step while a prompt is taken in beside streams.")

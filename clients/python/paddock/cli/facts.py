@@ -102,6 +102,8 @@ def _options(options: RuntimeOptions) -> str:
         "n-gpu-layers": options.gpu_layer_count,
         "threads": options.thread_count,
         "batch-size": options.batch_size_tokens,
+        "cache-type-k": options.cache_type_k,
+        "cache-type-v": options.cache_type_v,
         "idle timeout": _time_text(options.idle_timeout_seconds),
         "sleep timeout": _time_text(options.sleep_timeout_seconds),
     }

@@ -11,6 +11,7 @@ import typer
 
 from paddock.cli import listing, output
 from paddock.cli.facts import facts
+from paddock.cli.memory import CacheTypeOption  # noqa: TC001  # typer reads the annotation
 from paddock.cli.output import note, results, seconds_text, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import (
@@ -85,6 +86,8 @@ def load(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Most tokens decoded in one step.")
     ] = None,
+    cache_type_k: CacheTypeOption = None,
+    cache_type_v: CacheTypeOption = None,
     idle_timeout_seconds: Annotated[
         float | None, typer.Option(min=0, help="Unload after so long without use; 0: never.")
     ] = None,
@@ -105,6 +108,8 @@ def load(
         gpu_layer_count=n_gpu_layers,
         thread_count=threads,
         batch_size_tokens=batch_size,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
         idle_timeout_seconds=idle_timeout_seconds,
         sleep_timeout_seconds=sleep_idle_seconds,
     )

@@ -69,6 +69,88 @@ STAGE_WARMUP: Stage.ValueType  # 7
 """Running the first batch."""
 Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
+class _MemoryPartKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryPartKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryPartKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_PART_KIND_UNSPECIFIED: _MemoryPartKind.ValueType  # 0
+    """Never sent."""
+    MEMORY_PART_KIND_WEIGHTS: _MemoryPartKind.ValueType  # 1
+    """Weights as they are in the file."""
+    MEMORY_PART_KIND_REPACKED_WEIGHTS: _MemoryPartKind.ValueType  # 2
+    """Copies of weights, in the order the processor likes."""
+    MEMORY_PART_KIND_KV_CACHE: _MemoryPartKind.ValueType  # 3
+    """Keys and values."""
+    MEMORY_PART_KIND_RECURRENT_STATE: _MemoryPartKind.ValueType  # 4
+    """States of recurrent layers."""
+    MEMORY_PART_KIND_COMPUTE: _MemoryPartKind.ValueType  # 5
+    """Scratch memory of the computation."""
+    MEMORY_PART_KIND_OUTPUT: _MemoryPartKind.ValueType  # 6
+    """Logits and embeddings."""
+    MEMORY_PART_KIND_PROJECTOR: _MemoryPartKind.ValueType  # 7
+    """The projector of a model that sees or hears."""
+    MEMORY_PART_KIND_ADAPTERS: _MemoryPartKind.ValueType  # 8
+    """LoRA adapters."""
+    MEMORY_PART_KIND_PROCESS: _MemoryPartKind.ValueType  # 9
+    """The process: program, libraries, vocabulary, driver."""
+
+class MemoryPartKind(_MemoryPartKind, metaclass=_MemoryPartKindEnumTypeWrapper):
+    """What memory is for. New values may be added; show an unknown value as
+    "other".
+    """
+
+MEMORY_PART_KIND_UNSPECIFIED: MemoryPartKind.ValueType  # 0
+"""Never sent."""
+MEMORY_PART_KIND_WEIGHTS: MemoryPartKind.ValueType  # 1
+"""Weights as they are in the file."""
+MEMORY_PART_KIND_REPACKED_WEIGHTS: MemoryPartKind.ValueType  # 2
+"""Copies of weights, in the order the processor likes."""
+MEMORY_PART_KIND_KV_CACHE: MemoryPartKind.ValueType  # 3
+"""Keys and values."""
+MEMORY_PART_KIND_RECURRENT_STATE: MemoryPartKind.ValueType  # 4
+"""States of recurrent layers."""
+MEMORY_PART_KIND_COMPUTE: MemoryPartKind.ValueType  # 5
+"""Scratch memory of the computation."""
+MEMORY_PART_KIND_OUTPUT: MemoryPartKind.ValueType  # 6
+"""Logits and embeddings."""
+MEMORY_PART_KIND_PROJECTOR: MemoryPartKind.ValueType  # 7
+"""The projector of a model that sees or hears."""
+MEMORY_PART_KIND_ADAPTERS: MemoryPartKind.ValueType  # 8
+"""LoRA adapters."""
+MEMORY_PART_KIND_PROCESS: MemoryPartKind.ValueType  # 9
+"""The process: program, libraries, vocabulary, driver."""
+Global___MemoryPartKind: _TypeAlias = MemoryPartKind  # noqa: Y015
+
+class _MemoryVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_VERDICT_UNSPECIFIED: _MemoryVerdict.ValueType  # 0
+    """Never sent."""
+    MEMORY_VERDICT_FITS: _MemoryVerdict.ValueType  # 1
+    """There is room for it now."""
+    MEMORY_VERDICT_FITS_AFTER_EVICTION: _MemoryVerdict.ValueType  # 2
+    """There is room once other models have been unloaded."""
+    MEMORY_VERDICT_NEVER_FITS: _MemoryVerdict.ValueType  # 3
+    """There is never room on these devices with these options."""
+
+class MemoryVerdict(_MemoryVerdict, metaclass=_MemoryVerdictEnumTypeWrapper):
+    """Whether a model fits."""
+
+MEMORY_VERDICT_UNSPECIFIED: MemoryVerdict.ValueType  # 0
+"""Never sent."""
+MEMORY_VERDICT_FITS: MemoryVerdict.ValueType  # 1
+"""There is room for it now."""
+MEMORY_VERDICT_FITS_AFTER_EVICTION: MemoryVerdict.ValueType  # 2
+"""There is room once other models have been unloaded."""
+MEMORY_VERDICT_NEVER_FITS: MemoryVerdict.ValueType  # 3
+"""There is never room on these devices with these options."""
+Global___MemoryVerdict: _TypeAlias = MemoryVerdict  # noqa: Y015
+
 class _LoadConflictPolicy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1838,6 +1920,151 @@ class DeleteResponse(_message.Message):
 Global___DeleteResponse: _TypeAlias = DeleteResponse  # noqa: Y015
 
 @_typing.final
+class EstimateMemoryRequest(_message.Message):
+    """Request of `EstimateMemory`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    RUNTIME_OPTIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model to estimate. Required."""
+    @_builtins.property
+    def source(self) -> _model_pb2.ModelSource:
+        """Where it is, as in `LoadRequest`."""
+
+    @_builtins.property
+    def runtime_options(self) -> _model_pb2.RuntimeOptions:
+        """Options it would be loaded with. Unset fields take what a load would take."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        source: _model_pb2.ModelSource | None = ...,
+        runtime_options: _model_pb2.RuntimeOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["runtime_options", b"runtime_options", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "runtime_options", b"runtime_options", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateMemoryRequest: _TypeAlias = EstimateMemoryRequest  # noqa: Y015
+
+@_typing.final
+class EstimateMemoryResponse(_message.Message):
+    """Response of `EstimateMemory`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    RUNTIME_OPTIONS_FIELD_NUMBER: _builtins.int
+    ROUGHNESS_FIELD_NUMBER: _builtins.int
+    verdict: Global___MemoryVerdict.ValueType
+    """Whether it fits."""
+    roughness: _builtins.str
+    """Sentence that says why the estimate may be far off. Empty when it is not."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryPart]:
+        """What the memory is for, by device."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceMemory]:
+        """Every device: what the model needs of it and what there is."""
+
+    @_builtins.property
+    def runtime_options(self) -> _model_pb2.RuntimeOptions:
+        """Options the estimate is for. A context size of zero that was asked for is
+        replaced by the largest that fits; so are the slots that then have no
+        room, unless they were asked for.
+        """
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___MemoryPart] | None = ...,
+        devices: _abc.Iterable[Global___DeviceMemory] | None = ...,
+        verdict: Global___MemoryVerdict.ValueType = ...,
+        runtime_options: _model_pb2.RuntimeOptions | None = ...,
+        roughness: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["runtime_options", b"runtime_options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "parts", b"parts", "roughness", b"roughness", "runtime_options", b"runtime_options", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateMemoryResponse: _TypeAlias = EstimateMemoryResponse  # noqa: Y015
+
+@_typing.final
+class MemoryPart(_message.Message):
+    """Memory of one kind on one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Name of the device, `RAM` or for example `CUDA0`."""
+    kind: Global___MemoryPartKind.ValueType
+    """What it is for."""
+    size_bytes: _builtins.int
+    """How much."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        kind: Global___MemoryPartKind.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "kind", b"kind", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPart: _TypeAlias = MemoryPart  # noqa: Y015
+
+@_typing.final
+class DeviceMemory(_message.Message):
+    """A device, seen from a model that is to be loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Name of the device, `RAM` or for example `CUDA0`."""
+    needed_bytes: _builtins.int
+    """What the model needs."""
+    budget_bytes: _builtins.int
+    """What all models together may have."""
+    held_bytes: _builtins.int
+    """What loaded models have now."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        needed_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+        held_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "held_bytes", b"held_bytes", "needed_bytes", b"needed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceMemory: _TypeAlias = DeviceMemory  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """Request of `GetServerInfo`."""
 
@@ -1881,7 +2108,9 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
-        """Accelerators. Empty until memory admission is built."""
+        """What models can be loaded into: the machine's own memory first, then each
+        accelerator.
+        """
 
     def __init__(
         self,
@@ -1902,7 +2131,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
-    """An accelerator."""
+    """The machine's own memory, or an accelerator."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1910,9 +2139,11 @@ class Device(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
-    """Name, for example `CUDA0: NVIDIA H200`."""
+    """Name, for example `RAM` or `CUDA0: NVIDIA H200`."""
     total_bytes: _builtins.int
-    """Memory in all."""
+    """Memory in all. Of the machine's own, what the server's control group may
+    use where that is less.
+    """
     free_bytes: _builtins.int
     """Memory free now."""
     def __init__(

@@ -119,6 +119,11 @@ class ModelManagerStub(object):
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=paddock_dot_v1_dot_model__manager__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.EstimateMemory = channel.unary_unary(
+                '/paddock.v1.ModelManager/EstimateMemory',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/paddock.v1.ModelManager/GetServerInfo',
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.GetServerInfoRequest.SerializeToString,
@@ -307,6 +312,19 @@ class ModelManagerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EstimateMemory(self, request, context):
+        """Says what a model would take in memory, without loading it.
+
+        Reads only what the server knows of the model's files; nothing is started
+        or reserved. What it says of free memory is out of date at once.
+
+        Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+        cannot be loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Describes the server.
         """
@@ -391,6 +409,11 @@ def add_ModelManagerServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.DeleteRequest.FromString,
                     response_serializer=paddock_dot_v1_dot_model__manager__pb2.DeleteResponse.SerializeToString,
+            ),
+            'EstimateMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateMemory,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -813,6 +836,33 @@ class ModelManager(object):
             '/paddock.v1.ModelManager/Delete',
             paddock_dot_v1_dot_model__manager__pb2.DeleteRequest.SerializeToString,
             paddock_dot_v1_dot_model__manager__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paddock.v1.ModelManager/EstimateMemory',
+            paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -146,6 +146,15 @@ class ModelManagerStub:
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded.
     """
+    EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]
+    """Says what a model would take in memory, without loading it.
+
+    Reads only what the server knows of the model's files; nothing is started
+    or reserved. What it says of free memory is out of date at once.
+
+    Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+    cannot be loaded.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]
     """Describes the server."""
 
@@ -266,6 +275,15 @@ class ModelManagerAsyncStub(ModelManagerStub):
     """Deletes the local files of a model.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+    """
+    EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
+    """Says what a model would take in memory, without loading it.
+
+    Reads only what the server knows of the model's files; nothing is started
+    or reserved. What it says of free memory is out of date at once.
+
+    Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+    cannot be loaded.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Describes the server."""
@@ -474,6 +492,21 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         """Deletes the local files of a model.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateMemory(
+        self,
+        request: _model_manager_pb2.EstimateMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.EstimateMemoryResponse, _abc.Awaitable[_model_manager_pb2.EstimateMemoryResponse]]:
+        """Says what a model would take in memory, without loading it.
+
+        Reads only what the server knows of the model's files; nothing is started
+        or reserved. What it says of free memory is out of date at once.
+
+        Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
+        cannot be loaded.
         """
 
     @_abc_1.abstractmethod

@@ -405,6 +405,8 @@ class RuntimeOptions(_message.Message):
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     THREAD_COUNT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_K_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_V_FIELD_NUMBER: _builtins.int
     SLEEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     context_size_tokens: _builtins.int
     """Tokens the KV cache holds, shared by all sequences of the model. One
@@ -419,6 +421,14 @@ class RuntimeOptions(_message.Message):
     """Threads that compute. Unset takes one per physical core."""
     batch_size_tokens: _builtins.int
     """Most tokens decoded in one step, 32 to 8192."""
+    cache_type_k: _builtins.str
+    """Type of the keys in the KV cache: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`,
+    `q4_1`, `iq4_nl`, `q5_0` or `q5_1`.
+    """
+    cache_type_v: _builtins.str
+    """Type of the values in the KV cache; one of the same names. Quantized ones
+    need flash attention, and heads whose width their blocks divide.
+    """
     @_builtins.property
     def idle_timeout(self) -> _duration_pb2.Duration:
         """Idle time before the model is unloaded. Zero disables idle unloading."""
@@ -438,14 +448,20 @@ class RuntimeOptions(_message.Message):
         idle_timeout: _duration_pb2.Duration | None = ...,
         thread_count: _builtins.int | None = ...,
         batch_size_tokens: _builtins.int | None = ...,
+        cache_type_k: _builtins.str | None = ...,
+        cache_type_v: _builtins.str | None = ...,
         sleep_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size_tokens: _TypeAlias = _typing.Literal["batch_size_tokens"]  # noqa: Y015
     _WhichOneofArgType__batch_size_tokens: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__cache_type_k: _TypeAlias = _typing.Literal["cache_type_k"]  # noqa: Y015
+    _WhichOneofArgType__cache_type_k: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k"]  # noqa: Y015
+    _WhichOneofReturnType__cache_type_v: _TypeAlias = _typing.Literal["cache_type_v"]  # noqa: Y015
+    _WhichOneofArgType__cache_type_v: _TypeAlias = _typing.Literal["_cache_type_v", b"_cache_type_v"]  # noqa: Y015
     _WhichOneofReturnType__context_size_tokens: _TypeAlias = _typing.Literal["context_size_tokens"]  # noqa: Y015
     _WhichOneofArgType__context_size_tokens: _TypeAlias = _typing.Literal["_context_size_tokens", b"_context_size_tokens"]  # noqa: Y015
     _WhichOneofReturnType__gpu_layer_count: _TypeAlias = _typing.Literal["gpu_layer_count"]  # noqa: Y015
@@ -456,6 +472,10 @@ class RuntimeOptions(_message.Message):
     _WhichOneofArgType__thread_count: _TypeAlias = _typing.Literal["_thread_count", b"_thread_count"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size_tokens) -> _WhichOneofReturnType__batch_size_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_type_k) -> _WhichOneofReturnType__cache_type_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_type_v) -> _WhichOneofReturnType__cache_type_v | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context_size_tokens) -> _WhichOneofReturnType__context_size_tokens | None: ...
     @_typing.overload

@@ -258,6 +258,8 @@ class Load(_message.Message):
     BATCH_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
     TARGET_STEP_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_K_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_V_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Absolute path of the model file, or of the first shard."""
     context_size_tokens: _builtins.int
@@ -278,6 +280,10 @@ class Load(_message.Message):
     """Length of step to aim at while other sequences stream, in milliseconds;
     prompts are cut into chunks that keep to it.
     """
+    cache_type_k: _builtins.str
+    """Type of the keys in the KV cache, by llama-server's names; empty is `f16`."""
+    cache_type_v: _builtins.str
+    """Type of the values in the KV cache, by the same names."""
     def __init__(
         self,
         *,
@@ -289,10 +295,12 @@ class Load(_message.Message):
         batch_size_tokens: _builtins.int = ...,
         queue_limit: _builtins.int = ...,
         target_step_milliseconds: _builtins.int = ...,
+        cache_type_k: _builtins.str = ...,
+        cache_type_v: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_tokens", b"batch_size_tokens", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "model_path", b"model_path", "queue_limit", b"queue_limit", "slot_count", b"slot_count", "target_step_milliseconds", b"target_step_milliseconds", "thread_count", b"thread_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "model_path", b"model_path", "queue_limit", b"queue_limit", "slot_count", b"slot_count", "target_step_milliseconds", b"target_step_milliseconds", "thread_count", b"thread_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

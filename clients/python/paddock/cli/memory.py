@@ -1,0 +1,78 @@
+"""`paddock estimate`: what a model would take in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from paddock.cli import output
+from paddock.cli.output import bytes_text, note, results, write_json
+from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, ServerOption, call
+from paddock.types import MemoryVerdict, RuntimeOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from paddock.types import MemoryEstimate
+
+CacheTypeOption = Annotated[str | None, typer.Option(help="For example f16 or q8_0.")]
+
+_VERDICTS: Final[Mapping[MemoryVerdict, str]] = {
+    MemoryVerdict.FITS: "It fits now.",
+    MemoryVerdict.FITS_AFTER_EVICTION: "It fits once other models have been unloaded.",
+    MemoryVerdict.NEVER_FITS: "It does not fit, whatever is unloaded.",
+    MemoryVerdict.UNKNOWN: "The server says whether it fits in a way this client does not know.",
+}
+
+
+def estimate(
+    model: ModelArgument,
+    server: ServerOption = DEFAULT_SERVER,
+    as_json: JsonOption = False,
+    ctx_size: Annotated[
+        int | None,
+        typer.Option("--ctx-size", "-c", min=0, help="Tokens the KV cache holds; 0: the most that fits."),
+    ] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Sequences decoded at once.")] = None,
+    n_gpu_layers: Annotated[
+        int | None, typer.Option(min=-1, help="Layers on the accelerator; -1: all.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Most tokens decoded in one step.")
+    ] = None,
+    cache_type_k: CacheTypeOption = None,
+    cache_type_v: CacheTypeOption = None,
+) -> None:
+    """Say what a model would take in memory, without loading it."""
+    options = RuntimeOptions(
+        context_size_tokens=ctx_size,
+        slot_count=parallel,
+        gpu_layer_count=n_gpu_layers,
+        batch_size_tokens=batch_size,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+    )
+    found = call(server, lambda client: client.estimate(model, options=options))
+    if as_json:
+        write_json(found, indent=2)
+        return
+    console = results()
+    console.print(output.table(("DEVICE", "FOR", "MEMORY"), _rows(found), width=console.width))
+    chosen = found.options
+    note(
+        f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
+        f"for {chosen.slot_count} sequences. {_VERDICTS[found.verdict]}"
+    )
+    if found.roughness:
+        note(found.roughness)
+
+
+def _rows(found: MemoryEstimate) -> list[tuple[str, str, str]]:
+    rows: list[tuple[str, str, str]] = []
+    for device in found.devices:
+        parts = [part for part in found.parts if part.device == device.device]
+        rows += [(part.device, part.kind.replace("_", " "), bytes_text(part.size_bytes)) for part in parts]
+        total = f"{bytes_text(device.needed_bytes)} of {bytes_text(device.budget_bytes)}"
+        rows.append((device.device, "all", total))
+    return rows
