@@ -175,6 +175,10 @@ class FakeApi:
             raise self.health_error
         return pb.GetServerInfoResponse(version="test")
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """Not for gateways."""
+        _unused(request)
+
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Not for gateways."""
         _unused(request)

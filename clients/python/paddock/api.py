@@ -74,6 +74,10 @@ class ModelManagerApi(Protocol):
         """Delete the local files of a model."""
         ...
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """Read the configuration files and the model directories again."""
+        ...
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         ...

@@ -20,7 +20,7 @@ from paddock.generation import (
 )
 from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
 from paddock.transport import GrpcApi, connect
-from paddock.types import Model, ModelSource, ModelState, RuntimeOptions, ServerInfo, Unloaded
+from paddock.types import Model, ModelSource, ModelState, Reloaded, RuntimeOptions, ServerInfo, Unloaded
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 
@@ -325,6 +325,10 @@ class Client:
         return LogStream(
             self._api.stream_logs(pb.StreamLogsRequest(model=model, tail_line_count=tail, follow=follow))
         )
+
+    async def reload(self) -> Reloaded:
+        """Have the server read its configuration files and model directories again."""
+        return convert.reloaded(await self._api.reload(pb.ReloadRequest()))
 
     async def server_info(self) -> ServerInfo:
         """Return what the server says about itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock import generation, types
 from paddock.generation import FinishReason
-from paddock.types import ArtifactState, ModelState, ProgressKind, Stage
+from paddock.types import ArtifactState, Modality, ModelOrigin, ModelState, ProgressKind, Stage
 from paddock.v1 import generation_pb2, model_manager_pb2, model_pb2
 
 if TYPE_CHECKING:
@@ -47,6 +47,20 @@ _FINISH_REASONS: Final[Mapping[int, FinishReason]] = {
 }
 
 
+_ORIGINS: Final = {
+    model_pb2.MODEL_ORIGIN_HUB_CACHE: ModelOrigin.HUB_CACHE,
+    model_pb2.MODEL_ORIGIN_MODELS_DIR: ModelOrigin.MODELS_DIR,
+    model_pb2.MODEL_ORIGIN_PRESET: ModelOrigin.PRESET,
+    model_pb2.MODEL_ORIGIN_CONFIG_FILE: ModelOrigin.CONFIG_FILE,
+}
+
+_MODALITIES: Final = {
+    model_pb2.MODALITY_TEXT: Modality.TEXT,
+    model_pb2.MODALITY_IMAGE: Modality.IMAGE,
+    model_pb2.MODALITY_AUDIO: Modality.AUDIO,
+}
+
+
 def model(message: model_pb2.Model) -> types.Model:
     """Convert a model."""
     return types.Model(
@@ -65,6 +79,14 @@ def model(message: model_pb2.Model) -> types.Model:
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
         last_use_time=_time(message.last_use_time) if message.HasField("last_use_time") else None,
         expire_time=_time(message.expire_time) if message.HasField("expire_time") else None,
+        aliases=tuple(message.aliases),
+        tags=tuple(message.tags),
+        pinned=message.pinned,
+        priority=message.priority,
+        origin=_ORIGINS.get(message.origin, ModelOrigin.UNKNOWN),
+        description=message.description,
+        group=message.group,
+        load_on_startup=message.load_on_startup,
     )
 
 
@@ -187,6 +209,20 @@ def log_line(message: model_manager_pb2.LogLine) -> types.LogLine:
     )
 
 
+def reloaded(message: model_manager_pb2.ReloadResponse) -> types.Reloaded:
+    """Convert what a reload changed."""
+    return types.Reloaded(
+        added=tuple(message.added),
+        changed=tuple(message.changed),
+        removed=tuple(message.removed),
+        unchanged_count=message.unchanged_count,
+        problems=tuple(
+            types.ConfigProblem(file=one.file, line=one.line, key=one.key, message=one.message)
+            for one in message.problems
+        ),
+    )
+
+
 def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.ServerInfo:
     """Convert what the server says about itself."""
     return types.ServerInfo(
@@ -242,6 +278,11 @@ def _model_info(message: model_pb2.ModelInfo) -> types.ModelInfo:
         vocabulary_size=message.vocabulary_size,
         display_name=message.display_name,
         embedding_only=message.embedding_only,
+        input_modalities=tuple(
+            _MODALITIES[modality] for modality in message.input_modalities if modality in _MODALITIES
+        ),
+        template_has_tools=message.template_has_tools,
+        template_has_thinking=message.template_has_thinking,
     )
 
 

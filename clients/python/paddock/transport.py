@@ -139,6 +139,10 @@ class GrpcApi:
         """Delete the local files of a model."""
         return await _unary(self._stub.Delete, request)
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """See `ModelManagerApi.reload`."""
+        return await _unary(self._stub.Reload, request)
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await _unary(self._stub.GetServerInfo, request)

@@ -6,16 +6,17 @@ Nothing here is asynchronous; call it from a thread.
 
 from __future__ import annotations
 
-from paddock_server.catalog.catalog import Catalog
+from paddock_server.catalog.catalog import Catalog, file_problems
 from paddock_server.catalog.configured.problems import InvalidConfigError, Place, Problem
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.roots import CatalogError
-from paddock_server.catalog.setup import NO_DEFAULTS, ModelSetup, Origin, RequestDefaults
+from paddock_server.catalog.setup import DEFAULT_SETUP, NO_DEFAULTS, ModelSetup, Origin, RequestDefaults
 
 __all__ = [
+    "DEFAULT_SETUP",
     "NO_DEFAULTS",
     "Catalog",
     "CatalogEntry",
@@ -34,6 +35,7 @@ __all__ = [
     "Split",
     "TensorInfo",
     "UnsupportedGgufError",
+    "file_problems",
     "merged_facts",
     "model_facts",
     "read_header",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from paddock.errors import Reason
@@ -113,7 +112,8 @@ class Catalog:
         elif projector is not None:
             entry = on_disk.get(model.name)
         if entry is not None and projector is not None:
-            entry = replace(entry, mmproj_path=self._place_of(folder, str(projector.value)))
+            named = self._place_of(folder, str(projector.value))
+            entry = self._directories.with_projector(entry, named)
         return entry
 
     def _place_of(self, folder: Path, written: str) -> Path:
@@ -122,6 +122,17 @@ class Catalog:
         places = [folder / path, *(root / path for root in self._directories.paths)]
         found = next((place for place in places if place.exists()), places[0])
         return Path(os.path.realpath(found.parent)) / found.name
+
+
+def file_problems(preset: Path | None, config_file: Path | None) -> list[Problem]:
+    """What is wrong with the configuration files by themselves, without a look at any model."""
+    readers = ((preset, read_preset), (config_file, read_toml))
+    return [
+        problem
+        for path, read in readers
+        if path is not None and path.is_file()
+        for problem in _read(path, read).problems
+    ]
 
 
 def _read(path: Path, reader: Callable[[str, str, Path], ConfiguredModels]) -> ConfiguredModels:

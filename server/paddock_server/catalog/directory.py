@@ -26,6 +26,7 @@ from paddock_server.catalog.roots import (
     FoundPath,
     ModelRoots,
     exists,
+    found_file,
     unlisted,
     without_control_characters,
 )
@@ -140,6 +141,12 @@ class ModelDirectories:
         what = "does not exist, cannot be read, or holds no model"
         return _broken_folder(FoundPath(named, displayed(path)), what, _FILE_SYSTEM)
 
+    def with_projector(self, entry: CatalogEntry, path: Path) -> CatalogEntry:
+        """An entry with a projector that the operator has named."""
+        with self._lock:
+            facts = self._projector_facts(found_file(path))
+        return replace(entry, mmproj_path=path, projector=facts)
+
     def _root_entries(self, root: Path) -> Iterator[CatalogEntry]:
         try:
             listing = self._roots.listing(root, root)
@@ -173,12 +180,12 @@ class ModelDirectories:
             for inner in listing.folders:
                 yield from self._tree_entries(inner, root, (*above, folder.inode))
 
-    def _sorted_out(self, files: Sequence[FoundPath]) -> tuple[list[FileGroup], Path | None]:
+    def _sorted_out(self, files: Sequence[FoundPath]) -> tuple[list[FileGroup], FoundPath | None]:
         """The models among the files of a folder, and the projector that goes with them."""
         roles = [(self._role(group.first), group) for group in grouped(files)]
         models = [group for role, group in roles if role is _Role.MODEL]
         projectors = [group.first for role, group in roles if role is _Role.PROJECTOR]
-        return models, next((file.path for file in projectors if file.fault is None), None)
+        return models, next((file for file in projectors if file.fault is None), None)
 
     def _entry_at(self, path: Path, root: Path, roots: ModelRoots | None = None) -> CatalogEntry | None:
         roots = roots or self._roots
@@ -200,7 +207,7 @@ class ModelDirectories:
             return _broken_folder(folder, what, _FILE_NAMES)
         return self._group_entry(str(folder.path.relative_to(root)), models[0], projector)
 
-    def _group_entry(self, name: str, group: FileGroup, projector: Path | None) -> CatalogEntry:
+    def _group_entry(self, name: str, group: FileGroup, projector: FoundPath | None) -> CatalogEntry:
         facts = self._group_facts(group)
         id_, name_problem = _checked_id(name, group.relative_load_path)
         for file in group.files:
@@ -210,12 +217,17 @@ class ModelDirectories:
             path=group.load_path,
             relative_path=group.relative_load_path,
             shard_paths=tuple(file.path for file in group.files),
-            mmproj_path=projector,
+            mmproj_path=projector.path if projector is not None else None,
+            projector=self._projector_facts(projector),
             size_bytes=sum(file.size_bytes for file in group.files),
             modified_ns=max(file.modified_ns for file in group.files),
             facts=facts if isinstance(facts, ModelFacts) and name_problem is None else None,
             problem=name_problem or (facts if isinstance(facts, CatalogProblem) else None),
         )
+
+    def _projector_facts(self, projector: FoundPath | None) -> ModelFacts | None:
+        facts = self._read(projector) if projector is not None else None
+        return facts if isinstance(facts, ModelFacts) else None
 
     def _group_facts(self, group: FileGroup) -> ModelFacts | CatalogProblem:
         set_fault = group.set_fault()

@@ -40,7 +40,8 @@ class CatalogEntry:
     folder or missing. `shard_paths` are all files of the model in their order, `size_bytes` their size
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
     `relative_path` is `path` as a LocalSource names it, or the whole path where it lies outside the model
-    directories. Exactly one of `facts` and `problem` is set. `setup` is what its sources say of it.
+    directories. Exactly one of `facts` and `problem` is set.
+    `projector` are the facts of `mmproj_path`, where it could be read. `setup` is what its sources say of it.
     """
 
     id: str
@@ -52,6 +53,7 @@ class CatalogEntry:
     modified_ns: int
     facts: ModelFacts | None
     problem: CatalogProblem | None
+    projector: ModelFacts | None = None
     setup: ModelSetup = DEFAULT_SETUP
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,10 @@ PerBlock = int | tuple[int, ...]
 """One number for every block of a model, or one for each."""
 
 _MAX_INT32 = 2**31 - 1
+
+# By inspection of the text: to render a template of a file nobody has asked for would be to trust it.
+_TOOLS = re.compile(r"\btools\b")
+_THINKING = re.compile(r"enable_thinking|reasoning_content|<think(?:ing)?>|\bthinking\b")
 _GUESSED_FILE_TYPE = 1024
 
 _POOLINGS = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
@@ -51,8 +56,8 @@ class ModelFacts:
     A number that the file does not give is None, a text that it does not give is empty. Lengths and counts
     are in elements, `trained_context_tokens` in tokens, `tensor_bytes` in bytes. `parameters_by_type` counts
     parameters by the name of their tensor type. `chat_template` is None too when the template is longer than
-    a header reader keeps; `has_chat_template` tells the two apart. `pooling` is one of none, mean, cls, last
-    and rank.
+    a header reader keeps; `has_chat_template` tells the two apart. What the template `has` is told by its
+    words. `pooling` is one of none, mean, cls, last and rank. A projector says which encoders it has.
     """
 
     architecture: str
@@ -77,6 +82,10 @@ class ModelFacts:
     is_embedding_model: bool
     file_type: int | None
     split: Split | None
+    template_has_tools: bool = False
+    template_has_thinking: bool = False
+    has_vision_encoder: bool = False
+    has_audio_encoder: bool = False
 
 
 def model_facts(header: GgufHeader) -> ModelFacts:
@@ -116,6 +125,10 @@ def model_facts(header: GgufHeader) -> ModelFacts:
         is_embedding_model=architecture in _EMBEDDING_ARCHITECTURES or pooling in _EMBEDDING_POOLINGS,
         file_type=file_type,
         split=keys.split(),
+        template_has_tools=_TOOLS.search(template) is not None,
+        template_has_thinking=_THINKING.search(template) is not None,
+        has_vision_encoder=keys.flag("clip.has_vision_encoder"),
+        has_audio_encoder=keys.flag("clip.has_audio_encoder"),
     )
 
 
@@ -156,6 +169,13 @@ class _Keys:
             return ""
         if not isinstance(value, str):
             self._fail(key, "is not a string")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """The truth value under `key`; false when there is none."""
+        value = self._header.metadata.get(key, False)
+        if not isinstance(value, bool):
+            self._fail(key, "is not true or false")
         return value
 
     def integer(self, key: str) -> int | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paddock.errors import FieldViolation, InvalidFieldError, Reason
 from paddock.v1 import model_pb2
+from paddock_server.catalog import DEFAULT_SETUP
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
-    from paddock_server.catalog import ModelFacts
+    from paddock_server.catalog import ModelFacts, ModelSetup
     from paddock_server.manager.config import ManagerConfig
 
 FIELD: Final = "runtime_options"
@@ -37,6 +38,18 @@ class Options:
         proto = model_pb2.RuntimeOptions(**{name: getattr(self, name) for name in _RANGES})
         proto.idle_timeout.FromNanoseconds(int(self.idle_timeout_seconds * 1e9))
         return proto
+
+    def rebased(self, old: Options, new: Options) -> Options:
+        """Return these options after the defaults they were made from have become others.
+
+        What somebody had set otherwise stays as it was set.
+        """
+        values = {
+            field.name: getattr(new, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) == getattr(old, field.name)
+        }
+        return replace(self, **values)
 
     def as_wish(self) -> Wish:
         """Return a wish for exactly these options."""
@@ -119,15 +132,19 @@ def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
     return Wish(values, idle)
 
 
-def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
-    """Return the options of a load nobody set any for.
+def default_options(
+    config: ManagerConfig, facts: ModelFacts | None, setup: ModelSetup = DEFAULT_SETUP
+) -> Options:
+    """Return the options of a load nobody set any for: those of the model's own setup, else the server's.
 
-    The context is capped to what the slots can use: each at most the context the model was trained with.
+    The server's context is capped to what the slots can use: each at most the context the model was trained
+    with. One that the setup names is taken as it is.
     """
     context = config.context_size_tokens
     if facts is not None and facts.trained_context_tokens:
-        context = min(context, facts.trained_context_tokens * config.slot_count)
-    return Options(
+        slot_count = setup.options.get("slot_count", config.slot_count)
+        context = min(context, facts.trained_context_tokens * slot_count)
+    options = Options(
         context_size_tokens=context,
         gpu_layer_count=config.gpu_layer_count,
         slot_count=config.slot_count,
@@ -135,6 +152,7 @@ def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
         batch_size_tokens=config.batch_size_tokens,
         idle_timeout_seconds=config.idle_timeout_seconds,
     )
+    return Wish(setup.options, setup.idle_timeout_seconds).filled(options)
 
 
 def effective_options(asked: Options, ready: worker_pb2.Ready) -> Options:

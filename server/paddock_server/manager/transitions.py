@@ -52,6 +52,7 @@ from paddock_server.manager.messages import (
 )
 from paddock_server.manager.state import (
     AT_REST,
+    COMING_UP,
     NEVER,
     Cause,
     Phase,
@@ -136,6 +137,8 @@ def _eviction_relented(turn: Turn, event: EvictionRelented) -> None:
     if waiters:
         asking.grant(turn, waiters, waited=True)
     turn.do(LookAgain())
+    if state.outdated is not None:
+        turn.do(Resume())
 
 
 def _worker_ready(turn: Turn, event: WorkerReady) -> None:
@@ -161,6 +164,8 @@ def _worker_ready(turn: Turn, event: WorkerReady) -> None:
         asking.grant(turn, waiters, waited=True)
     else:
         turn.idle()
+    if state.outdated is not None:
+        turn.do(Resume())
 
 
 def _start_failed(turn: Turn, event: StartFailed) -> None:
@@ -233,14 +238,25 @@ def _timer_fired(turn: Turn, event: TimerFired) -> None:
 
 
 def _file_found(turn: Turn, event: FileFound) -> None:
+    old = turn.state.defaults
     turn.set(defaults=event.defaults, problem=event.problem, gone=False, held_until=0.0)
+    if event.reloading:
+        asking.follow_defaults(turn, old, other_file=event.other_file)
 
 
 def _file_gone(turn: Turn, event: FileGone) -> None:
-    del event
     turn.set(gone=True)
-    if turn.state.phase in AT_REST:
+    phase = turn.state.phase
+    if phase in AT_REST:
         turn.do(Resume())
+    elif event.reloading and phase is Phase.READY:
+        turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
+    elif event.reloading and phase in COMING_UP:
+        turn.call_off(failures.model_not_found(turn.state.model))
+        if phase is Phase.STARTING:
+            turn.stop(Cause.RELOAD)
+        else:
+            turn.rest(Phase.UNLOADED, Cause.RELOAD)
 
 
 def _close_asked(turn: Turn, event: CloseAsked) -> None:
@@ -266,6 +282,8 @@ def _close_asked(turn: Turn, event: CloseAsked) -> None:
 def _resumed(turn: Turn, event: Resumed) -> None:
     del event
     state = turn.state
+    if state.phase is Phase.READY:
+        turn.catch_up()
     if state.phase not in AT_REST:
         return
     if state.closing:

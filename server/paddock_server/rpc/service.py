@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.rpc import validate
+from paddock_server.rpc.defaults import with_defaults
 from paddock_server.rpc.paging import page
 from paddock_server.worker.v1 import worker_pb2
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
     from paddock_server.manager import Lease, ModelManager
+
+RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
 FEATURES: Final = ("embeddings", "logs", "tokenize")
 """Optional features `GetServerInfo` reports."""
@@ -57,8 +60,7 @@ class ModelManagerService:
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """See `ModelManagerApi.list`."""
         validate.list_models(request)
-        models, revision = self._manager.snapshots()
-        return page(request, models, revision)
+        return page(request, self._manager.listing())
 
     async def get(self, request: pb.GetRequest) -> pb.GetResponse:
         """See `ModelManagerApi.get`."""
@@ -73,11 +75,13 @@ class ModelManagerService:
 
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """See `ModelManagerApi.generate`."""
+        request = self._addressed(request)
         validate.generate(request)
         generation_id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(model=request.model, generation_id=generation_id)
         begin = time.monotonic()
         lease = await self._manager.acquire(request.model, request.autoload_policy)
+        request = with_defaults(request, self._manager.request_defaults(request.model))
         async with lease, lease.worker.generate(request) as generation:
             structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
             waiting_for_text = True
@@ -92,6 +96,7 @@ class ModelManagerService:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """See `ModelManagerApi.embed`."""
+        request = self._addressed(request)
         validate.embed(request)
         async with await self._lease(request.model, request.autoload_policy) as lease:
             reply = await lease.worker.call(worker_pb2.Call(embed=request))
@@ -100,6 +105,7 @@ class ModelManagerService:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """See `ModelManagerApi.tokenize`."""
+        request = self._addressed(request)
         validate.model_name(request.model)
         async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
             reply = await lease.worker.call(worker_pb2.Call(tokenize=request))
@@ -107,6 +113,7 @@ class ModelManagerService:
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """See `ModelManagerApi.detokenize`."""
+        request = self._addressed(request)
         validate.detokenize(request)
         async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
             reply = await lease.worker.call(worker_pb2.Call(detokenize=request))
@@ -137,6 +144,11 @@ class ModelManagerService:
             "This server cannot delete models yet. Unload the model and remove its files by hand.",
         )
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """See `ModelManagerApi.reload`."""
+        del request
+        return await self._manager.reload()
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """See `ModelManagerApi.get_server_info`."""
         del request
@@ -146,6 +158,16 @@ class ModelManagerService:
             start_time=self._start_time,
             features=FEATURES,
         )
+
+    def _addressed(self, request: RequestT) -> RequestT:
+        """Give a request that names no model the default model, if there is one."""
+        default = "" if request.model else self._manager.default_model()
+        if not default:
+            return request
+        addressed = type(request)()
+        addressed.CopyFrom(request)
+        addressed.model = default
+        return addressed
 
     async def _lease(self, model: str, autoload_policy: pb.AutoloadPolicy.ValueType) -> Lease:
         structlog.contextvars.bind_contextvars(model=model)

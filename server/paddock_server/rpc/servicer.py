@@ -81,6 +81,10 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Delete a model's files."""
         return await self._service.delete(request)
 
+    async def Reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:
+        """Read the configuration again."""
+        return await self._service.reload(request)
+
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await self._service.get_server_info(request)

@@ -3531,6 +3531,198 @@ func (x *DeleteResponse) GetFreedBytes() int64 {
 	return 0
 }
 
+// Request of `Reload`.
+type ReloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadRequest) Reset() {
+	*x = ReloadRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadRequest) ProtoMessage() {}
+
+func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
+func (*ReloadRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
+}
+
+// Response of `Reload`. Models are named by their ids, in order.
+type ReloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Models that are new.
+	Added []string `protobuf:"bytes,1,rep,name=added,proto3" json:"added,omitempty"`
+	// Models whose file, options, names or other settings are others.
+	Changed []string `protobuf:"bytes,2,rep,name=changed,proto3" json:"changed,omitempty"`
+	// Models that are there no longer.
+	Removed []string `protobuf:"bytes,3,rep,name=removed,proto3" json:"removed,omitempty"`
+	// Models that are as they were.
+	UnchangedCount int32 `protobuf:"varint,4,opt,name=unchanged_count,json=unchangedCount,proto3" json:"unchanged_count,omitempty"`
+	// What was left out of the files.
+	Problems      []*ConfigProblem `protobuf:"bytes,5,rep,name=problems,proto3" json:"problems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadResponse) Reset() {
+	*x = ReloadResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadResponse) ProtoMessage() {}
+
+func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
+func (*ReloadResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ReloadResponse) GetAdded() []string {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetChanged() []string {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetUnchangedCount() int32 {
+	if x != nil {
+		return x.UnchangedCount
+	}
+	return 0
+}
+
+func (x *ReloadResponse) GetProblems() []*ConfigProblem {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+// Something wrong in a configuration file.
+type ConfigProblem struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The file.
+	File string `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	// Line in it, from 1; 0 where the file as a whole is meant.
+	Line int32 `protobuf:"varint,2,opt,name=line,proto3" json:"line,omitempty"`
+	// Dotted name of the key.
+	Key string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// What is wrong and what would be right.
+	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfigProblem) Reset() {
+	*x = ConfigProblem{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfigProblem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfigProblem) ProtoMessage() {}
+
+func (x *ConfigProblem) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfigProblem.ProtoReflect.Descriptor instead.
+func (*ConfigProblem) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ConfigProblem) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *ConfigProblem) GetLine() int32 {
+	if x != nil {
+		return x.Line
+	}
+	return 0
+}
+
+func (x *ConfigProblem) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ConfigProblem) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 // Request of `GetServerInfo`.
 type GetServerInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3540,7 +3732,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3552,7 +3744,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3565,7 +3757,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{51}
 }
 
 // Response of `GetServerInfo`.
@@ -3588,7 +3780,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3792,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3805,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -3666,7 +3858,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +3870,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +3883,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -3927,7 +4119,19 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"1\n" +
 	"\x0eDeleteResponse\x12\x1f\n" +
 	"\vfreed_bytes\x18\x01 \x01(\x03R\n" +
-	"freedBytes\"\x16\n" +
+	"freedBytes\"\x0f\n" +
+	"\rReloadRequest\"\xba\x01\n" +
+	"\x0eReloadResponse\x12\x14\n" +
+	"\x05added\x18\x01 \x03(\tR\x05added\x12\x18\n" +
+	"\achanged\x18\x02 \x03(\tR\achanged\x12\x18\n" +
+	"\aremoved\x18\x03 \x03(\tR\aremoved\x12'\n" +
+	"\x0funchanged_count\x18\x04 \x01(\x05R\x0eunchangedCount\x125\n" +
+	"\bproblems\x18\x05 \x03(\v2\x19.paddock.v1.ConfigProblemR\bproblems\"c\n" +
+	"\rConfigProblem\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x12\n" +
+	"\x04line\x18\x02 \x01(\x05R\x04line\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"\x16\n" +
 	"\x14GetServerInfoRequest\"\xd7\x01\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1f\n" +
@@ -3965,7 +4169,7 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xf9\a\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xba\b\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
 	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12>\n" +
@@ -3981,7 +4185,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\n" +
 	"StreamLogs\x12\x1d.paddock.v1.StreamLogsRequest\x1a\x1e.paddock.v1.StreamLogsResponse0\x01\x12G\n" +
 	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12?\n" +
-	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12Y\n" +
+	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12?\n" +
+	"\x06Reload\x12\x19.paddock.v1.ReloadRequest\x1a\x1a.paddock.v1.ReloadResponse\x12Y\n" +
 	"\rGetServerInfo\x12 .paddock.v1.GetServerInfoRequest\x1a!.paddock.v1.GetServerInfoResponse\"\x03\x90\x02\x01B\xae\x01\n" +
 	"\x0ecom.paddock.v1B\x11ModelManagerProtoP\x01Z@github.com/paddock-serve/paddock/clients/go/paddock/v1;paddockv1\xa2\x02\x03PXX\xaa\x02\n" +
 	"Paddock.V1\xca\x02\n" +
@@ -4000,7 +4205,7 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                    // 0: paddock.v1.Stage
 	(LoadConflictPolicy)(0),       // 1: paddock.v1.LoadConflictPolicy
@@ -4054,69 +4259,72 @@ var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(*DownloadResponse)(nil),      // 49: paddock.v1.DownloadResponse
 	(*DeleteRequest)(nil),         // 50: paddock.v1.DeleteRequest
 	(*DeleteResponse)(nil),        // 51: paddock.v1.DeleteResponse
-	(*GetServerInfoRequest)(nil),  // 52: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil), // 53: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                // 54: paddock.v1.Device
-	nil,                           // 55: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),           // 56: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),        // 57: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),   // 58: google.protobuf.Duration
-	(*Model)(nil),                 // 59: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
-	(*Failure)(nil),               // 61: paddock.v1.Failure
-	(ModelState)(0),               // 62: paddock.v1.ModelState
-	(*ChatInput)(nil),             // 63: paddock.v1.ChatInput
-	(*TokenInput)(nil),            // 64: paddock.v1.TokenInput
-	(*SamplingParams)(nil),        // 65: paddock.v1.SamplingParams
-	(*StopParams)(nil),            // 66: paddock.v1.StopParams
-	(*OutputConstraint)(nil),      // 67: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),         // 68: paddock.v1.LogprobParams
-	(*Delta)(nil),                 // 69: paddock.v1.Delta
-	(*Usage)(nil),                 // 70: paddock.v1.Usage
-	(*Timings)(nil),               // 71: paddock.v1.Timings
+	(*ReloadRequest)(nil),         // 52: paddock.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 53: paddock.v1.ReloadResponse
+	(*ConfigProblem)(nil),         // 54: paddock.v1.ConfigProblem
+	(*GetServerInfoRequest)(nil),  // 55: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil), // 56: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                // 57: paddock.v1.Device
+	nil,                           // 58: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),           // 59: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),        // 60: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),   // 61: google.protobuf.Duration
+	(*Model)(nil),                 // 62: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
+	(*Failure)(nil),               // 64: paddock.v1.Failure
+	(ModelState)(0),               // 65: paddock.v1.ModelState
+	(*ChatInput)(nil),             // 66: paddock.v1.ChatInput
+	(*TokenInput)(nil),            // 67: paddock.v1.TokenInput
+	(*SamplingParams)(nil),        // 68: paddock.v1.SamplingParams
+	(*StopParams)(nil),            // 69: paddock.v1.StopParams
+	(*OutputConstraint)(nil),      // 70: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),         // 71: paddock.v1.LogprobParams
+	(*Delta)(nil),                 // 72: paddock.v1.Delta
+	(*Usage)(nil),                 // 73: paddock.v1.Usage
+	(*Timings)(nil),               // 74: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	56, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	57, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	59, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	60, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	1,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	58, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	61, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
 	7,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
 	6,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	59, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	58, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	62, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	61, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	60, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	63, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
 	9,  // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
 	10, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
 	11, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	58, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	61, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	61, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	64, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
 	2,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	58, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	59, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	62, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	59, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	59, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	61, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	62, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	65, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	62, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	62, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
 	20, // 22: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
 	21, // 23: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
 	22, // 24: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	59, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	62, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	63, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	64, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	65, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	66, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	67, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	68, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	62, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	65, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	66, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	67, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	68, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	69, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	70, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	71, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
 	3,  // 33: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
 	27, // 34: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
 	26, // 35: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
 	28, // 36: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
 	25, // 37: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	69, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	70, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	71, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	72, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	73, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	74, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
 	30, // 41: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
 	31, // 42: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
 	32, // 43: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
@@ -4125,52 +4333,55 @@ var file_paddock_v1_model_manager_proto_depIdxs = []int32{
 	35, // 46: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
 	24, // 47: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
 	36, // 48: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	55, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	58, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
 	37, // 50: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	58, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	61, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
 	3,  // 52: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
 	40, // 53: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	70, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	73, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
 	47, // 55: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	60, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	56, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	63, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	59, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
 	7,  // 58: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	59, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	60, // 60: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	54, // 61: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	4,  // 62: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	12, // 63: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	14, // 64: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	16, // 65: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	18, // 66: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	23, // 67: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	29, // 68: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	38, // 69: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	41, // 70: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	43, // 71: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	45, // 72: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	48, // 73: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	50, // 74: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	52, // 75: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	5,  // 76: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	13, // 77: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	15, // 78: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	17, // 79: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	19, // 80: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	24, // 81: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	34, // 82: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	39, // 83: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	42, // 84: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	44, // 85: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	46, // 86: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	49, // 87: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	51, // 88: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	53, // 89: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	76, // [76:90] is the sub-list for method output_type
-	62, // [62:76] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	62, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	54, // 60: paddock.v1.ReloadResponse.problems:type_name -> paddock.v1.ConfigProblem
+	63, // 61: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	57, // 62: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	4,  // 63: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	12, // 64: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	14, // 65: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	16, // 66: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	18, // 67: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	23, // 68: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	29, // 69: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	38, // 70: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	41, // 71: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	43, // 72: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	45, // 73: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	48, // 74: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	50, // 75: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	52, // 76: paddock.v1.ModelManager.Reload:input_type -> paddock.v1.ReloadRequest
+	55, // 77: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	5,  // 78: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	13, // 79: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	15, // 80: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	17, // 81: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	19, // 82: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	24, // 83: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	34, // 84: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	39, // 85: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	42, // 86: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	44, // 87: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	46, // 88: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	49, // 89: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	51, // 90: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	53, // 91: paddock.v1.ModelManager.Reload:output_type -> paddock.v1.ReloadResponse
+	56, // 92: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	78, // [78:93] is the sub-list for method output_type
+	63, // [63:78] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -4226,7 +4437,7 @@ func file_paddock_v1_model_manager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   52,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -32,6 +32,7 @@ const (
 	ModelManager_StreamLogs_FullMethodName    = "/paddock.v1.ModelManager/StreamLogs"
 	ModelManager_Download_FullMethodName      = "/paddock.v1.ModelManager/Download"
 	ModelManager_Delete_FullMethodName        = "/paddock.v1.ModelManager/Delete"
+	ModelManager_Reload_FullMethodName        = "/paddock.v1.ModelManager/Reload"
 	ModelManager_GetServerInfo_FullMethodName = "/paddock.v1.ModelManager/GetServerInfo"
 )
 
@@ -131,6 +132,13 @@ type ModelManagerClient interface {
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
+	// Reads the configuration files and the model directories again and takes
+	// over what changed. A model whose file or load options changed is drained
+	// and loaded anew; everything else of it changes in place.
+	//
+	// Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+	// validate; nothing has changed then.
+	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
 	// Describes the server.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 }
@@ -321,6 +329,16 @@ func (c *modelManagerClient) Delete(ctx context.Context, in *DeleteRequest, opts
 	return out, nil
 }
 
+func (c *modelManagerClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReloadResponse)
+	err := c.cc.Invoke(ctx, ModelManager_Reload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *modelManagerClient) GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetServerInfoResponse)
@@ -427,6 +445,13 @@ type ModelManagerServer interface {
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
+	// Reads the configuration files and the model directories again and takes
+	// over what changed. A model whose file or load options changed is drained
+	// and loaded anew; everything else of it changes in place.
+	//
+	// Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+	// validate; nothing has changed then.
+	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
 	// Describes the server.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	mustEmbedUnimplementedModelManagerServer()
@@ -477,6 +502,9 @@ func (UnimplementedModelManagerServer) Download(*DownloadRequest, grpc.ServerStr
 }
 func (UnimplementedModelManagerServer) Delete(context.Context, *DeleteRequest) (*DeleteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Delete not implemented")
+}
+func (UnimplementedModelManagerServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
 }
 func (UnimplementedModelManagerServer) GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetServerInfo not implemented")
@@ -690,6 +718,24 @@ func _ModelManager_Delete_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ModelManager_Reload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).Reload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_Reload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).Reload(ctx, req.(*ReloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ModelManager_GetServerInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetServerInfoRequest)
 	if err := dec(in); err != nil {
@@ -742,6 +788,10 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Delete",
 			Handler:    _ModelManager_Delete_Handler,
+		},
+		{
+			MethodName: "Reload",
+			Handler:    _ModelManager_Reload_Handler,
 		},
 		{
 			MethodName: "GetServerInfo",

@@ -1,4 +1,4 @@
-"""Commands about models: ls, ps, show, load, unload, logs, tokenize."""
+"""Commands about models: ls, ps, show, load, unload, reload, logs, tokenize."""
 
 from __future__ import annotations
 
@@ -190,6 +190,20 @@ def unload(
     )
     aborted = unloaded.aborted_request_count
     note(f"Unloaded {unloaded.model.id}." + (f" {aborted} requests were aborted." if aborted else ""))
+
+
+def reload(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+    """Have the server read its configuration files and model directories again."""
+    reloaded = call(server, lambda client: client.reload())
+    if as_json:
+        write_json(reloaded, indent=2)
+        return
+    for problem in reloaded.problems:
+        note(f"{problem.file}:{problem.line}: {problem.key}: {problem.message}")
+    for what in ("added", "changed", "removed"):
+        for model in getattr(reloaded, what):
+            output.write(f"{what}\t{model}\n")
+    note(f"{reloaded.unchanged_count} models are as they were.")
 
 
 def logs(

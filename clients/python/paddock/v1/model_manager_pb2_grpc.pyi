@@ -132,6 +132,14 @@ class ModelManagerStub:
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded.
     """
+    Reload: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.ReloadRequest, _model_manager_pb2.ReloadResponse]
+    """Reads the configuration files and the model directories again and takes
+    over what changed. A model whose file or load options changed is drained
+    and loaded anew; everything else of it changes in place.
+
+    Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+    validate; nothing has changed then.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]
     """Describes the server."""
 
@@ -238,6 +246,14 @@ class ModelManagerAsyncStub(ModelManagerStub):
     """Deletes the local files of a model.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+    """
+    Reload: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.ReloadRequest, _model_manager_pb2.ReloadResponse]  # type: ignore[assignment]
+    """Reads the configuration files and the model directories again and takes
+    over what changed. A model whose file or load options changed is drained
+    and loaded anew; everything else of it changes in place.
+
+    Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+    validate; nothing has changed then.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Describes the server."""
@@ -420,6 +436,20 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         """Deletes the local files of a model.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+        """
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _model_manager_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.ReloadResponse, _abc.Awaitable[_model_manager_pb2.ReloadResponse]]:
+        """Reads the configuration files and the model directories again and takes
+        over what changed. A model whose file or load options changed is drained
+        and loaded anew; everything else of it changes in place.
+
+        Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+        validate; nothing has changed then.
         """
 
     @_abc_1.abstractmethod
