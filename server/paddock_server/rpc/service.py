@@ -75,13 +75,14 @@ class ModelManagerService:
 
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """See `ModelManagerApi.generate`."""
+        asked_for = request.model
         request = self._addressed(request)
         validate.generate(request)
         generation_id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(model=request.model, generation_id=generation_id)
         begin = time.monotonic()
         lease = await self._manager.acquire(request.model, request.autoload_policy)
-        request = with_defaults(request, self._manager.request_defaults(request.model))
+        request = with_defaults(request, self._manager.request_defaults(asked_for))
         async with lease, lease.worker.generate(request) as generation:
             structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
             waiting_for_text = True
