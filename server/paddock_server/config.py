@@ -205,9 +205,9 @@ class ServerConfig(BaseSettings):
 class _TomlSettings(TomlConfigSettingsSource):
     """The keys of the file that are settings; its tables of models are the catalog's."""
 
-    def _read_file(self, file_path: Path) -> dict[str, Any]:
-        values = super()._read_file(file_path)
-        return {name: value for name, value in values.items() if name not in MODEL_TABLES}
+    def __call__(self) -> dict[str, Any]:
+        """Return the settings by name."""
+        return {name: value for name, value in super().__call__().items() if name not in MODEL_TABLES}
 
 
 def _describe(error: ValidationError, flags: Mapping[str, object], file: Path | None) -> str:

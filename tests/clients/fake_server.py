@@ -237,6 +237,11 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         self._begin("Delete", request, context)
         self._abort(make_error(Reason.NOT_IMPLEMENTED, "Not built yet."), context)
 
+    def Reload(self, request: pb.ReloadRequest, context: grpc.ServicerContext) -> pb.ReloadResponse:
+        self._begin("Reload", request, context)
+        problem = pb.ConfigProblem(file="models.ini", line=3, key="nope", message="is no option")
+        return pb.ReloadResponse(added=["new"], changed=["tiny"], unchanged_count=2, problems=[problem])
+
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:

@@ -131,6 +131,14 @@ def test_unload_tells_how_many_requests_it_aborted(paddock: Paddock, server: Fak
     assert server.manager.requests("Unload") == [pb.UnloadRequest(model="tiny", mode=pb.UNLOAD_MODE_FORCE)]
 
 
+def test_reload_writes_what_changed_and_notes_what_was_left_out(paddock: Paddock) -> None:
+    result = paddock("reload")
+
+    assert result.stdout == "added\tnew\nchanged\ttiny\n"
+    assert result.stderr == "models.ini:3: nope: is no option\n2 models are as they were.\n"
+    assert json.loads(paddock("reload", "--json").stdout)["problems"][0]["line"] == 3
+
+
 def test_logs_are_results_and_lost_lines_a_note(paddock: Paddock, server: FakeServer) -> None:
     result = paddock("logs", "tiny", "--tail", "5")
 

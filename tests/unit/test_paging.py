@@ -25,7 +25,11 @@ MODELS = [
 
 def listing(models: Sequence[model_pb2.Model], revision: int) -> Listing:
     by_id = {model.id: model for model in models}
-    return Listing(list(by_id), lambda model: by_id[model].state, by_id.__getitem__, revision)
+
+    def state_of(model: str) -> model_pb2.ModelState.ValueType:
+        return by_id[model].state
+
+    return Listing(list(by_id), state_of, by_id.__getitem__, revision)
 
 
 def test_pages_join_to_all_models_once_each() -> None:

@@ -63,6 +63,6 @@ def test_without_defaults_the_request_is_passed_on_as_it_is() -> None:
 
 
 def test_every_default_has_a_rule_and_every_sampling_key_a_field() -> None:
-    assert len(module._FILLS) == len(dataclasses.fields(RequestDefaults))  # pyright: ignore[reportPrivateUsage]
+    assert len(module._FILLS) == len(dataclasses.fields(RequestDefaults))
     fields = gen.SamplingParams.DESCRIPTOR.fields_by_name
     assert {key.field for key in KEYS if key.part is Part.SAMPLING} == set(fields) - {"logit_bias"}

@@ -32,13 +32,13 @@ from paddock_server.manager.messages import (
 from paddock_server.manager.options import Wish, default_options, wish_of
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
-from paddock_server.manager.snapshot import Listing, public_state
+from paddock_server.manager.snapshot import Listing, logs_response, public_state
 from paddock_server.manager.sources import (
     config_problem,
-    invalid_config,
+    entry_problem,
     other_file,
+    reload_error,
     startup_loads,
-    unlisted_directory,
 )
 from paddock_server.manager.state import NEVER, ActorState, Limits
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.manager.sources import ModelCatalog
-    from paddock_server.supervisor import LogBatch, LogRing
+    from paddock_server.supervisor import LogRing
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -184,9 +184,7 @@ class ModelManager:
             log.warning("remembered_models_missing", models=missing)
         for model in kept:
             log.info("load_replayed", model=model)
-            subscription = Subscription()
-            subscription.closed = True
-            self._actors[model].tell(LoadAsked(subscription, self._desired.loads[model]))
+            self._actors[model].tell(LoadAsked(_nobody(), self._desired.loads[model]))
 
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
@@ -195,9 +193,7 @@ class ModelManager:
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
-            subscription = Subscription()
-            subscription.closed = True
-            self._actors[model].tell(LoadAsked(subscription, Wish({}), explicit=False))
+            self._actors[model].tell(LoadAsked(_nobody(), Wish({}), explicit=False))
 
     # What the RPCs ask for
 
@@ -234,23 +230,19 @@ class ModelManager:
         actor = await self._actor(request.model)
         reply: asyncio.Future[pb.UnloadResponse] = asyncio.get_running_loop().create_future()
         timeout = request.drain_timeout
+        own = actor.entry.setup.drain_seconds
+        drain_seconds = self._config.drain_seconds if own is None else own
         actor.tell(
             UnloadAsked(
                 reply,
                 force=request.mode == pb.UNLOAD_MODE_FORCE,
                 drain_seconds=(
-                    timeout.ToNanoseconds() / 1e9
-                    if request.HasField("drain_timeout")
-                    else self._drain_seconds(actor)
+                    timeout.ToNanoseconds() / 1e9 if request.HasField("drain_timeout") else drain_seconds
                 ),
                 only_load_id=request.load_id,
             )
         )
         return await reply
-
-    def _drain_seconds(self, actor: Actor) -> float:
-        own = actor.entry.setup.drain_seconds
-        return self._config.drain_seconds if own is None else own
 
     async def acquire(
         self, model: str, autoload: pb.AutoloadPolicy.ValueType = pb.AUTOLOAD_POLICY_UNSPECIFIED
@@ -289,13 +281,13 @@ class ModelManager:
     def listing(self) -> Listing:
         """Return what List shows, ordered by id, without making a message of any model yet."""
         ids = sorted(model for model, actor in self._actors.items() if not actor.entry.setup.hidden)
-        actors = self._actors
-        return Listing(
-            ids,
-            lambda model: public_state(actors[model].state),
-            lambda model: actors[model].snapshot(),
-            self._changes.revision,
-        )
+        return Listing(ids, self._state_of, self._model_of, self._changes.revision)
+
+    def _state_of(self, model: str) -> model_pb2.ModelState.ValueType:
+        return public_state(self._actors[model].state)
+
+    def _model_of(self, model: str) -> model_pb2.Model:
+        return self._actors[model].snapshot()
 
     def default_model(self) -> str:
         """Return the model of requests that name none; empty when there is none."""
@@ -316,10 +308,8 @@ class ModelManager:
             self._scanned_at = asyncio.get_running_loop().time()
             try:
                 found = await asyncio.to_thread(self._scan, reread=True)
-            except InvalidConfigError as error:
-                raise invalid_config(error.problems) from error
-            except CatalogError as error:
-                raise unlisted_directory(error) from error
+            except (InvalidConfigError, CatalogError) as error:
+                raise reload_error(error) from error
             if self._closing:
                 raise failures.shutting_down().error()
             response = self._apply(found, reloading=True)
@@ -347,7 +337,7 @@ class ModelManager:
         ring = await self.logs(request.model)
         follower = ring.subscribe(tail_line_count=request.tail_line_count, follow=request.follow)
         async for batch in follower:
-            yield _logs_response(batch)
+            yield logs_response(batch)
 
     async def rescan(self) -> None:
         """Read the model directories again: new models appear, changed ones are noted, removed ones go.
@@ -425,7 +415,7 @@ class ModelManager:
             elif actor.entry != entry or actor.state.gone:
                 defaults = default_options(self._config, entry.facts, entry.setup)
                 reread = reloading and other_file(actor.entry, entry)
-                event = FileFound(defaults, _problem(entry), reloading, reread)
+                event = FileFound(defaults, entry_problem(entry), reloading, reread)
                 actor.tell(EntryFound(entry, event))
                 difference.changed.append(model)
             else:
@@ -446,7 +436,7 @@ class ModelManager:
             options=defaults,
             load_id_prefix=f"{self.instance_id}-{secrets.token_hex(3)}-",
             remembered=wish.filled(defaults) if wish is not None else None,
-            problem=_problem(entry),
+            problem=entry_problem(entry),
             # A model that went and came back must not take messages meant for the one before it.
             ticket=self._actor_count << 32,
         )
@@ -496,16 +486,11 @@ class ModelManager:
         self._changes.deleted(model)
 
 
-def _problem(entry: CatalogEntry) -> failures.Failure | None:
-    return failures.problem(entry.problem) if entry.problem is not None else None
-
-
-def _logs_response(batch: LogBatch) -> pb.StreamLogsResponse:
-    response = pb.StreamLogsResponse(dropped_line_count=batch.dropped_line_count)
-    for line in batch.lines:
-        added = response.lines.add(load_id=line.load_id, pid=line.pid, text=line.text)
-        added.read_time.FromNanoseconds(int(line.read_time * 1e9))
-    return response
+def _nobody() -> Subscription:
+    """Return the subscriber of a load that no call asks for."""
+    subscription = Subscription()
+    subscription.closed = True
+    return subscription
 
 
 def _log_bug(task: asyncio.Task[None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import DEFAULT_SETUP, Origin
 from paddock_server.manager.state import PUBLIC_STATES, Phase
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from paddock_server.catalog import CatalogEntry, ModelFacts, ModelSetup
     from paddock_server.manager.run import LiveWorker
     from paddock_server.manager.state import ActorState
+    from paddock_server.supervisor import LogBatch
 
 
 _ORIGINS: Final[Mapping[Origin, model_pb2.ModelOrigin.ValueType]] = {
@@ -108,6 +110,15 @@ def _worker(worker: LiveWorker, restart_count: int) -> model_pb2.Worker:
         proto.kv_cache_used_tokens = heartbeat.kv_cache_used_tokens
         proto.kv_cache_total_tokens = heartbeat.kv_cache_total_tokens
     return proto
+
+
+def logs_response(batch: LogBatch) -> pb.StreamLogsResponse:
+    """Return lines of a log as they are streamed."""
+    response = pb.StreamLogsResponse(dropped_line_count=batch.dropped_line_count)
+    for line in batch.lines:
+        added = response.lines.add(load_id=line.load_id, pid=line.pid, text=line.text)
+        added.read_time.FromNanoseconds(int(line.read_time * 1e9))
+    return response
 
 
 def _add_setup(model: model_pb2.Model, setup: ModelSetup) -> None:

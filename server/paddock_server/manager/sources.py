@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.catalog import InvalidConfigError
+from paddock_server.manager.failure import problem
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from paddock_server.catalog import CatalogEntry, CatalogError, Problem
+    from paddock_server.manager.failure import Failure
 
 
 class ModelCatalog(Protocol):
@@ -31,6 +34,11 @@ class ModelCatalog(Protocol):
     def resolve_local(self, path: str) -> CatalogEntry:
         """Return the model at a path relative to a model directory. Raises `CatalogError`."""
         ...
+
+
+def entry_problem(entry: CatalogEntry) -> Failure | None:
+    """Return what the catalog found wrong with a model's files."""
+    return problem(entry.problem) if entry.problem is not None else None
 
 
 def startup_loads(
@@ -55,27 +63,26 @@ def _files(entry: CatalogEntry) -> tuple[object, ...]:
     return entry.path, entry.shard_paths, entry.mmproj_path, entry.size_bytes, entry.modified_ns
 
 
-def config_problem(problem: Problem) -> pb.ConfigProblem:
+def config_problem(found: Problem) -> pb.ConfigProblem:
     """Return the message about a problem."""
-    place = problem.place
-    return pb.ConfigProblem(file=place.file, line=place.line, key=problem.key, message=problem.message)
+    place = found.place
+    return pb.ConfigProblem(file=place.file, line=place.line, key=found.key, message=found.message)
 
 
-def invalid_config(problems: Sequence[Problem]) -> PaddockError:
-    """Return the error of a reload that changed nothing, because a file does not validate."""
-    errors = [problem for problem in problems if problem.is_error]
+def reload_error(error: InvalidConfigError | CatalogError) -> PaddockError:
+    """Return the error of a reload that changed nothing."""
+    if not isinstance(error, InvalidConfigError):
+        return make_error(
+            Reason.INVALID_CONFIG, f"Nothing has changed: {error}", metadata={"field": error.field}
+        )
+    errors = [one for one in error.problems if one.is_error]
     first = errors[0].place
+    more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
     return make_error(
         Reason.INVALID_CONFIG,
-        f"Nothing has changed: {'; '.join(str(problem) for problem in errors[:MAX_NAMED])}"
-        + (f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""),
+        f"Nothing has changed: {'; '.join(str(one) for one in errors[:MAX_NAMED])}{more}",
         metadata={"file": first.file, "line": str(first.line), "problem_count": str(len(errors))},
     )
-
-
-def unlisted_directory(error: CatalogError) -> PaddockError:
-    """Return the error of a reload that changed nothing, because a model directory cannot be listed."""
-    return make_error(Reason.INVALID_CONFIG, f"Nothing has changed: {error}", metadata={"field": error.field})
 
 
 MAX_NAMED = 10
