@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from paddock_server.catalog import Catalog, CatalogEntry, CatalogError, InvalidConfigError, Origin
-from tests.unit.gguf_bytes import Gguf
+from tests.unit.gguf_bytes import BOOL, Gguf, number, text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -205,3 +205,29 @@ def test_models_of_an_exclusive_group_say_so(files: Files) -> None:
     )
 
     assert (served["a"].setup.exclusive, served["b"].setup.exclusive) == (True, False)
+
+
+def test_a_projector_may_be_named_for_a_model_of_a_directory(files: Files) -> None:
+    projector = Gguf(pairs=[*MODEL.pairs, ("clip.has_audio_encoder", number(BOOL, True))]).write(
+        files.models.parent / "mmproj.gguf"
+    )
+    entry = files.scan("a", preset="[a]\nmmproj = mmproj.gguf\n")["a"]
+
+    assert entry.mmproj_path == projector
+    assert entry.projector is not None
+    assert entry.projector.has_audio_encoder
+
+
+def test_only_a_table_of_a_model_may_name_files(files: Files) -> None:
+    with pytest.raises(InvalidConfigError, match=r"defaults\.hf: belongs to one model"):
+        files.catalog(toml='[defaults]\nhf = "x"\n')
+
+
+def test_what_is_as_it_was_is_the_same_entry_at_the_next_scan(files: Files) -> None:
+    catalog = files.catalog("a", "b")
+    first = catalog.scan()
+    MODEL.plus(("general.name", text("new"))).write(files.models / "b.gguf")
+    second = catalog.scan()
+
+    assert second["a"] is first["a"]
+    assert second["b"] != first["b"]

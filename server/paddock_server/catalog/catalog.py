@@ -45,6 +45,7 @@ class Catalog:
             if path is not None
         )
         self._configured = self._read()
+        self._served: Mapping[str, CatalogEntry] = {}
         self.problems: tuple[Problem, ...] = ()
         """What the latest scan had to leave out."""
 
@@ -68,7 +69,9 @@ class Catalog:
             raise CatalogError(_CONFIGURATION, message)
         self._configured = configured
         self.problems = merged.problems
-        return merged.served
+        # What is as it was is the same object, so that the event loop need not compare thousands of entries.
+        self._served = {id_: _kept(self._served.get(id_), entry) for id_, entry in merged.served.items()}
+        return self._served
 
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory, whether or not a scan finds it.
@@ -122,6 +125,10 @@ class Catalog:
         places = [folder / path, *(root / path for root in self._directories.paths)]
         found = next((place for place in places if place.exists()), places[0])
         return Path(os.path.realpath(found.parent)) / found.name
+
+
+def _kept(known: CatalogEntry | None, entry: CatalogEntry) -> CatalogEntry:
+    return known if known is not None and known == entry else entry
 
 
 def file_problems(preset: Path | None, config_file: Path | None) -> list[Problem]:

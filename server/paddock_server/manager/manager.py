@@ -412,7 +412,7 @@ class ModelManager:
             if actor is None:
                 self._add(entry)
                 difference.added.append(model)
-            elif actor.entry != entry or actor.state.gone:
+            elif actor.state.gone or (actor.entry is not entry and actor.entry != entry):
                 defaults = default_options(self._config, entry.facts, entry.setup)
                 reread = reloading and other_file(actor.entry, entry)
                 event = FileFound(defaults, entry_problem(entry), reloading, reread)
