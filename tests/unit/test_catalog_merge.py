@@ -231,3 +231,18 @@ def test_what_is_as_it_was_is_the_same_entry_at_the_next_scan(files: Files) -> N
 
     assert second["a"] is first["a"]
     assert second["b"] != first["b"]
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 4000, "a.gguf/inside", "~nobody-at-all/x.gguf", "/proc/self/mem", "."]
+)
+def test_a_path_that_leads_nowhere_is_a_problem_of_its_model_alone(files: Files, path: str) -> None:
+    served = files.scan("a", "b", toml=f"[models.m]\npath = '{path}'\n")
+
+    assert served["m"].problem is not None
+    assert served["a"].problem is None
+
+
+def test_a_path_with_control_characters_does_not_validate(files: Files) -> None:
+    with pytest.raises(InvalidConfigError, match=r"paddock\.toml:2: models\.m\.path: must have no control"):
+        files.catalog(toml='[models.m]\npath = "a\\u0000b"\n')

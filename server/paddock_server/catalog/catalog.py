@@ -16,7 +16,7 @@ from paddock_server.catalog.directory import ModelDirectories
 from paddock_server.catalog.entries import CatalogEntry
 from paddock_server.catalog.entries import problem as file_problem
 from paddock_server.catalog.merge import Merged, merge
-from paddock_server.catalog.roots import CatalogError
+from paddock_server.catalog.roots import CatalogError, exists
 from paddock_server.catalog.setup import Origin
 
 _CONFIGURATION = "configuration"
@@ -121,9 +121,11 @@ class Catalog:
 
     def _place_of(self, folder: Path, written: str) -> Path:
         """Where a path in a configuration file leads: from the file's folder, else from a model directory."""
-        path = Path(written).expanduser()
+        path = Path(written)
+        if written.startswith("~/"):
+            path = Path.home() / written[2:]
         places = [folder / path, *(root / path for root in self._directories.paths)]
-        found = next((place for place in places if place.exists()), places[0])
+        found = next((place for place in places if exists(place)), places[0])
         return Path(os.path.realpath(found.parent)) / found.name
 
 

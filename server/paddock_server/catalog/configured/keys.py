@@ -63,17 +63,23 @@ _MINUS_ONE: Final = frozenset({"-1"})
 _MODEL, _OPTION, _SAMPLING, _REQUEST = Part.MODEL, Part.OPTION, Part.SAMPLING, Part.REQUEST
 
 KEYS: Final = (
-    Key(_MODEL, "path", "path", Text(4096), ("m", "model", "LLAMA_ARG_MODEL")),
-    Key(_MODEL, "hf", "hf", Text(MAX_NAME_CHARACTERS), ("hf", "hfr", "hf-repo", "LLAMA_ARG_HF_REPO")),
-    Key(_MODEL, "mmproj", "mmproj", Text(4096), ("mm", "mmproj", "LLAMA_ARG_MMPROJ")),
+    Key(_MODEL, "path", "path", Text(4096, in_line=True), ("m", "model", "LLAMA_ARG_MODEL")),
+    Key(
+        _MODEL,
+        "hf",
+        "hf",
+        Text(MAX_NAME_CHARACTERS, in_line=True),
+        ("hf", "hfr", "hf-repo", "LLAMA_ARG_HF_REPO"),
+    ),
+    Key(_MODEL, "mmproj", "mmproj", Text(4096, in_line=True), ("mm", "mmproj", "LLAMA_ARG_MMPROJ")),
     Key(_MODEL, "aliases", "aliases", Names(), ("a", "alias", "LLAMA_ARG_ALIAS")),
     Key(_MODEL, "tags", "tags", Names(), ("tags", "LLAMA_ARG_TAGS")),
     Key(_MODEL, "pinned", "pinned", Boolean()),
     Key(_MODEL, "priority", "priority", Integer(-1000, 1000)),
-    Key(_MODEL, "group", "group", Text(MAX_NAME_CHARACTERS)),
+    Key(_MODEL, "group", "group", Text(MAX_NAME_CHARACTERS, in_line=True)),
     Key(_MODEL, "load_on_startup", "load_on_startup", Boolean(), ("load-on-startup",)),
     Key(_MODEL, "hidden", "hidden", Boolean()),
-    Key(_MODEL, "description", "description", Text(4096)),
+    Key(_MODEL, "description", "description", Text(4096, in_line=True)),
     Key(_MODEL, "idle_timeout_seconds", "idle_timeout_seconds", Number(0, _MAX_SECONDS)),
     Key(_MODEL, "drain_seconds", "drain_seconds", Number(0, _MAX_SECONDS), ("stop-timeout",)),
     Key(

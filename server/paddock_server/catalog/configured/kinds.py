@@ -101,9 +101,10 @@ class Boolean:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text that is not empty."""
+    """A text that is not empty, and with `in_line` has no control characters."""
 
     max_characters: int = MAX_TEXT_CHARACTERS
+    in_line: bool = False
 
     def parsed(self, text: str) -> object:
         """See `Kind`."""
@@ -113,6 +114,9 @@ class Text:
         """See `Kind`."""
         if not isinstance(value, str) or not 1 <= len(value) <= self.max_characters:
             message = f"must be a text of 1 to {self.max_characters} characters, not {shown(value)}"
+            raise ValueError(message)
+        if self.in_line and not value.isprintable():
+            message = f"must have no control characters, unlike {shown(value)}"
             raise ValueError(message)
         return value
 
