@@ -86,7 +86,9 @@ def _extension(
 
 
 _ROWS: Final = (
-    _honoured("model", "A model that is not loaded is loaded first."),
+    _honoured(
+        "model", "One that is not loaded is loaded first. Left out: the default model, if there is one."
+    ),
     _honoured("messages", "The role developer is system. Images as data: URLs only.", _CHAT),
     _honoured(
         "prompt", "A text, token ids, or a list of either; a list makes that many choices.", _COMPLETION

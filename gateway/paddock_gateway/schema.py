@@ -110,7 +110,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 class GenerationParameters(Struct, kw_only=True):
     """What both dialects have."""
 
-    model: str
+    model: str = ""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None

@@ -174,8 +174,6 @@ def _names_used(request: GenerationParameters, limit_name: str) -> dict[str, str
 
 def _check_shared(request: GenerationParameters) -> None:
     """Refuse combinations that contradict each other."""
-    if not request.model:
-        refuse("model", "must name a model; GET /v1/models shows the models there are")
     options = request.stream_options
     if options is not None:
         if not request.stream:

@@ -12,9 +12,10 @@ import structlog
 
 from paddock.api import ModelManagerApi
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
-from paddock_server.catalog import Catalog, CatalogError
+from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError
 from paddock_server.logs import configure_logging
 from paddock_server.manager import ManagerConfig, ModelManager
+from paddock_server.reloading import follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
 from paddock_server.supervisor import LocalLauncher
@@ -63,11 +64,14 @@ async def serving(
             is left when the server stops, while the models still serve what runs.
 
     Raises:
-        StartError: an address is taken, or a model directory cannot be read.
+        StartError: an address is taken, a model directory cannot be read, or a configuration file does not
+            validate.
     """
     try:
-        catalog = await asyncio.to_thread(Catalog, config.model_directories)
-    except CatalogError as error:
+        catalog = await asyncio.to_thread(
+            Catalog, config.model_directories, preset=config.models_preset, config_file=config.config_file
+        )
+    except (CatalogError, InvalidConfigError) as error:
         raise StartError(str(error)) from error
     manager = ModelManager(
         catalog=catalog, launcher=launcher or LocalLauncher(), config=_manager_config(config)
@@ -89,8 +93,12 @@ async def serving(
             await attached.enter_async_context(attach(service))
         await rpc.start()
         _warn_when_exposed(config.grpc_host)
+        for problem in catalog.problems:
+            log.warning("config_problem", problem=str(problem))
         log.info("server_ready", grpc=rpc.address)
-        yield RunningServer(service, rpc.address)
+        files = [path for path in (config.models_preset, config.config_file) if path is not None]
+        async with reloading(service, files):
+            yield RunningServer(service, rpc.address)
     finally:
         log.info("server_draining", seconds=config.drain_seconds)
         rpc.announce_stop()
@@ -114,9 +122,13 @@ async def run_server(
     async with told_to_stop() as stop:
         try:
             async with serving(config, attach=attach) as server:
+                hangups = asyncio.create_task(follow_hangups(server.service), name="hangups")
                 if ready is not None:
                     ready(server)
-                await stop.wait()
+                try:
+                    await stop.wait()
+                finally:
+                    hangups.cancel()
         except asyncio.CancelledError:
             # What the drain was waiting for has been cut; workers end with us.
             log.warning("server_stop_cut_short")

@@ -15,6 +15,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from paddock_server.catalog.configured.toml_file import MODEL_TABLES
+from paddock_server.catalog.configured.toml_lines import key_lines
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -55,6 +58,12 @@ class ServerConfig(BaseSettings):
     models_dir: Annotated[tuple[Path, ...], NoDecode] = ()
     """Directories searched for models. In the environment, separated like PATH. Without any, the demo model
     and the default directory are served: see `model_directories`."""
+
+    models_preset: Path | None = None
+    """llama-server's INI file about models, read as it is."""
+
+    config_file: Path | None = None
+    """The TOML file these settings were read from; its tables of models are the catalog's."""
 
     models_max: int = Field(4, ge=0)
     """Most models loaded at once; 0 is no limit."""
@@ -160,6 +169,14 @@ class ServerConfig(BaseSettings):
                 raise ValueError(message)
         return tuple(path.resolve() for path in value)
 
+    @field_validator("models_preset")
+    @classmethod
+    def _models_preset_exists(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            message = f"{str(value)!r} does not exist; name an INI file as llama-server reads it"
+            raise ValueError(message)
+        return value
+
     @field_validator("state_dir", mode="before")
     @classmethod
     def _empty_state_dir_is_none(cls, value: Any) -> Any:
@@ -176,7 +193,7 @@ class ServerConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then the TOML file; no dotenv, no secrets directory."""
         del dotenv_settings, file_secret_settings
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return (init_settings, env_settings, _TomlSettings(settings_cls))
 
     @classmethod
     def load(cls, flags: Mapping[str, object], config_file: Path | None = None) -> ServerConfig:
@@ -192,23 +209,35 @@ class ServerConfig(BaseSettings):
             model_config = SettingsConfigDict(toml_file=config_file)
 
         try:
-            return Loaded(**dict(flags))  # pyright: ignore[reportArgumentType]
+            return Loaded(**{**flags, "config_file": config_file})  # pyright: ignore[reportArgumentType]
         except ValidationError as error:
-            raise ConfigError(_describe(error)) from error
+            raise ConfigError(_describe(error, flags, config_file)) from error
         except ValueError as error:  # tomllib.TOMLDecodeError is one
             message = f"The configuration file {str(config_file)!r} cannot be read: {error}."
             raise ConfigError(message) from error
 
 
-def _describe(error: ValidationError) -> str:
-    """Turn pydantic's report into one sentence per setting."""
+class _TomlSettings(TomlConfigSettingsSource):
+    """The keys of the file that are settings; its tables of models are the catalog's."""
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the settings by name."""
+        return {name: value for name, value in super().__call__().items() if name not in MODEL_TABLES}
+
+
+def _describe(error: ValidationError, flags: Mapping[str, object], file: Path | None) -> str:
+    """Turn pydantic's report into one sentence per setting; what stands in the file, with its line."""
+    lines = key_lines(file.read_text(encoding="utf-8")) if file is not None else {}
     sentences: list[str] = []
     for item in error.errors(include_url=False):
         name = str(item["loc"][0]) if item["loc"] else "?"
         flag = "--" + name.replace("_", "-")
+        variable = f"{ENV_PREFIX}{name.upper()}"
+        is_in_file = (name,) in lines and name not in flags and variable not in os.environ
+        place = f"{file}:{lines[name,]}: " if is_in_file else ""
         if item["type"] == "extra_forbidden":
-            sentences.append(f"There is no setting named {name!r}.")
+            sentences.append(f"{place}There is no setting named {name!r}.")
             continue
         reason = item["msg"].removeprefix("Value error, ")
-        sentences.append(f"{flag} ({ENV_PREFIX}{name.upper()}): {reason[:1].lower() + reason[1:]}.")
-    return " ".join(sentences)
+        sentences.append(f"{place}{flag} ({variable}): {reason[:1].lower() + reason[1:]}.")
+    return "\n".join(sentences)

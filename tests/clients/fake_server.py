@@ -265,6 +265,11 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
             roughness="Only roughly." if request.model == "broken" else "",
         )
 
+    def Reload(self, request: pb.ReloadRequest, context: grpc.ServicerContext) -> pb.ReloadResponse:
+        self._begin("Reload", request, context)
+        problem = pb.ConfigProblem(file="models.ini", line=3, key="nope", message="is no option")
+        return pb.ReloadResponse(added=["new"], changed=["tiny"], unchanged_count=2, problems=[problem])
+
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:

@@ -166,6 +166,14 @@ def test_sleep_and_pin_say_what_they_did(paddock: Paddock) -> None:
     assert paddock("pin", "tiny", "--off").stderr == "tiny is not pinned.\n"
 
 
+def test_reload_writes_what_changed_and_notes_what_was_left_out(paddock: Paddock) -> None:
+    result = paddock("reload")
+
+    assert result.stdout == "added\tnew\nchanged\ttiny\n"
+    assert result.stderr == "models.ini:3: nope: is no option\n2 models are as they were.\n"
+    assert json.loads(paddock("reload", "--json").stdout)["problems"][0]["line"] == 3
+
+
 def test_logs_are_results_and_lost_lines_a_note(paddock: Paddock, server: FakeServer) -> None:
     result = paddock("logs", "tiny", "--tail", "5")
 

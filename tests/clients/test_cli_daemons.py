@@ -62,7 +62,8 @@ def taken_port() -> Generator[int]:
 
 
 def test_every_setting_of_the_server_is_a_flag() -> None:
-    assert {*SERVER_FLAGS, *HTTP_FLAGS} == set(ServerConfig.model_fields)
+    # The file is named by --config, which says where the other settings come from.
+    assert {*SERVER_FLAGS, *HTTP_FLAGS, "config_file"} == set(ServerConfig.model_fields)
 
 
 @pytest.mark.parametrize("command", ["up", "serve"])
@@ -205,3 +206,39 @@ def test_a_gateway_whose_port_is_taken_says_so_in_one_line(taken_port: int) -> N
 def get(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=WAY_OUT_SECONDS) as response:  # noqa: S310  # loopback
         return json.load(response)
+
+
+def test_check_config_names_every_problem_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    toml, preset = tmp_path / "paddock.toml", tmp_path / "models.ini"
+    toml.write_text("[models.a]\nthreads = 'two'\nctx = 3\n")
+    preset.write_text("[a]\nc = many\n")
+    arguments = ["--config", str(toml), "--models-preset", str(preset)]
+    result = paddock("check-config", "--models-dir", str(tmp_path / "models"), *arguments)
+
+    assert result.exit_code == ExitCode.FAILED
+    places = [line.rsplit("/", 1)[1].split(": ")[:2] for line in result.stdout.splitlines()]
+    assert places == [
+        ["models.ini:2", "[a] c"],
+        ["paddock.toml:2", "models.a.threads"],
+        ["paddock.toml:3", "models.a.ctx"],
+    ]
+
+
+def test_check_config_names_wrong_settings_beside_wrong_models(tmp_path: Path) -> None:
+    toml = tmp_path / "paddock.toml"
+    toml.write_text("models_max = 1\nparallel = 0\n[defaults]\nctx_size = 'x'\n")
+    result = paddock("check-config", "--config", str(toml))
+
+    assert result.exit_code == ExitCode.FAILED
+    assert [line.rsplit("/", 1)[1].split(": ")[0] for line in result.stdout.splitlines()] == [
+        "paddock.toml:2",
+        "paddock.toml:4",
+    ]
+
+
+def test_check_config_is_content_with_what_is_sound(tmp_path: Path) -> None:
+    toml = tmp_path / "paddock.toml"
+    toml.write_text("models_max = 1\n[defaults]\nctx_size = 512\n")
+
+    assert paddock("check-config", "--config", str(toml)).exit_code == 0

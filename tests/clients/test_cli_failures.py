@@ -28,6 +28,7 @@ EXPECTED = {
     Reason.CRASH_LOOP: ExitCode.CANNOT_LOAD,
     Reason.UNSUPPORTED_MODEL: ExitCode.CANNOT_LOAD,
     Reason.MODEL_UNLOADED: ExitCode.FAILED,
+    Reason.INVALID_CONFIG: ExitCode.FAILED,
     Reason.INVALID_FIELD: ExitCode.USAGE,
     Reason.INVALID_GRAMMAR: ExitCode.USAGE,
     Reason.TEMPLATE_ERROR: ExitCode.FAILED,

@@ -59,6 +59,24 @@ def test_values_of_a_newer_server_are_unknown_and_no_error() -> None:
     assert convert.watch_event(pb.WatchResponse(revision=1)) is None
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in list(model_pb2.ModelOrigin.keys()) if "UNSPEC" not in name]
+)
+def test_every_origin_has_a_name(name: str) -> None:
+    message = model_pb2.Model(origin=model_pb2.ModelOrigin.Value(name))
+
+    assert convert.model(message).origin.name == name.removeprefix("MODEL_ORIGIN_")
+
+
+@pytest.mark.parametrize("name", [name for name in list(model_pb2.Modality.keys()) if "UNSPEC" not in name])
+def test_every_modality_has_a_name(name: str) -> None:
+    info = model_pb2.ModelInfo(input_modalities=[model_pb2.Modality.Value(name)])
+    converted = convert.model(model_pb2.Model(info=info)).info
+
+    assert converted is not None
+    assert [modality.name for modality in converted.input_modalities] == [name.removeprefix("MODALITY_")]
+
+
 def test_an_empty_model_has_nothing_the_server_did_not_say() -> None:
     model = convert.model(model_pb2.Model(id="m"))
 

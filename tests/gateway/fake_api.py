@@ -187,6 +187,10 @@ class FakeApi:
         """Not for gateways."""
         _unused(request)
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """Not for gateways."""
+        _unused(request)
+
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Not for gateways."""
         _unused(request)

@@ -30,6 +30,13 @@ def completions(**more: Any) -> tuple[pb.GenerateRequest, ...]:
     return plan_of(Dialect.COMPLETION, json.dumps({**COMPLETION, **more}).encode()).requests
 
 
+def test_a_request_that_names_no_model_leaves_the_choice_to_the_server() -> None:
+    body = {name: value for name, value in CHAT.items() if name != "model"}
+    (request,) = plan_of(Dialect.CHAT, json.dumps(body).encode()).requests
+
+    assert request.model == chat(model="").model == ""
+
+
 def refused(dialect: Dialect, **more: Any) -> InvalidFieldError:
     body = CHAT if dialect is Dialect.CHAT else COMPLETION
     with pytest.raises(InvalidFieldError) as caught:
@@ -292,7 +299,6 @@ def test_response_format_becomes_a_constraint(
         ({"seed": 2**70}, "seed"),
         ({"logit_bias": {"abc": 1}}, "logit_bias"),
         ({"logit_bias": {str(2**40): 1}}, "logit_bias"),
-        ({"model": ""}, "model"),
         ({"model": None}, "model"),
         ({"generation_config": "{"}, "generation_config"),
         ({"generation_config": '{"top_k": "x"}'}, "generation_config.top_k"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
-from paddock_server.catalog import CatalogEntry, CatalogError, CatalogProblem, ModelFacts
+from paddock_server.catalog import CatalogEntry, CatalogError, CatalogProblem, ModelFacts, Problem
 from paddock_server.manager import ManagerConfig, ModelManager
 from paddock_server.supervisor import LogLine, WorkerCrashedError, WorkerExit
 from paddock_server.worker.v1 import worker_pb2
@@ -70,7 +70,12 @@ class FakeCatalog:
         self.scan_count = 0
         self.fault: CatalogError | None = None
 
-    def scan(self) -> dict[str, CatalogEntry]:
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return ()
+
+    def scan(self, *, reread: bool = False) -> dict[str, CatalogEntry]:
+        del reread
         self.scan_count += 1
         if self.fault is not None:
             raise self.fault

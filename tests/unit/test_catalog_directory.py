@@ -185,7 +185,7 @@ def test_a_set_of_one_shard_needs_no_split_keys(tmp_path: Path) -> None:
         ".cache/model.gguf",
         "download.incomplete/model.gguf",
         "lost+found/model.gguf",
-        "deep/deeper/model.gguf",
+        "one/two/three/four/five/model.gguf",
     ],
 )
 def test_other_files_and_folders_are_no_models(tmp_path: Path, other: str) -> None:
@@ -222,17 +222,32 @@ def test_a_projector_in_the_folder_of_a_model_is_noted(tmp_path: Path, name: str
     assert len(entry.shard_paths) == 2
 
 
-def test_a_folder_with_several_models_is_an_entry_that_says_so(tmp_path: Path) -> None:
+def test_of_several_models_in_a_folder_each_is_called_by_folder_and_name(tmp_path: Path) -> None:
     for name in ("a-q4.gguf", "a-q8.gguf"):
         MODEL.write(tmp_path / "Folder" / name)
+    projector = MODEL.write(tmp_path / "Folder" / "mmproj-f16.gguf")
 
-    entry = Catalog([tmp_path]).scan()["Folder"]
+    entries = Catalog([tmp_path]).scan()
 
-    assert entry.path == tmp_path / "Folder"
-    assert _problem(entry) == (
-        "UNSUPPORTED_MODEL",
-        "Folder: holds 2 models, among them a-q4.gguf, a-q8.gguf; keep one model in a folder",
-    )
+    assert list(entries) == ["Folder/a-q4", "Folder/a-q8"]
+    assert {entry.mmproj_path for entry in entries.values()} == {projector}
+
+
+def test_a_model_in_nested_folders_is_called_by_their_path(tmp_path: Path) -> None:
+    MODEL.write(tmp_path / "publisher" / "repository" / "model-q4.gguf")
+    MODEL.write(tmp_path / "publisher" / "model.gguf")
+
+    assert list(Catalog([tmp_path]).scan()) == ["publisher", "publisher/repository"]
+
+
+def test_a_link_back_up_and_a_directory_in_another_are_not_followed(tmp_path: Path) -> None:
+    MODEL.write(tmp_path / "outer" / "folder" / "model.gguf")
+    (tmp_path / "outer" / "folder" / "back").symlink_to(tmp_path / "outer" / "folder")
+    MODEL.write(tmp_path / "outer" / "inner" / "other.gguf")
+
+    entries = Catalog([tmp_path / "outer", tmp_path / "outer" / "inner"]).scan()
+
+    assert list(entries) == ["folder", "other"]
 
 
 def test_files_that_cannot_be_read_are_entries_with_the_reason(tmp_path: Path) -> None:

@@ -164,6 +164,30 @@ def test_an_empty_template_is_none(facts: FactsOf) -> None:
     assert (found.has_chat_template, found.chat_template) == (False, None)
 
 
+@pytest.mark.parametrize(
+    ("template", "tools", "thinking"),
+    [
+        ("{{ x }}", False, False),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True, False),
+        ("{% if enable_thinking %}<think>{% endif %}", False, True),
+        ("{{ message.reasoning_content }}", False, True),
+        ("{{ footools_or_rethinking }}", False, False),
+    ],
+)
+def test_what_a_template_can_do_is_told_by_its_words(
+    facts: FactsOf, template: str, tools: bool, thinking: bool
+) -> None:
+    found = facts(("tokenizer.chat_template", gb.text(template)))
+
+    assert (found.template_has_tools, found.template_has_thinking) == (tools, thinking)
+
+
+def test_a_projector_says_which_encoders_it_has(facts: FactsOf) -> None:
+    found = facts(("clip.has_vision_encoder", gb.number(gb.BOOL, True)))
+
+    assert (found.has_vision_encoder, found.has_audio_encoder) == (True, False)
+
+
 def test_a_template_too_long_to_keep_is_still_there(facts: FactsOf) -> None:
     found = facts(("tokenizer.chat_template", gb.text("x" * (1024 * 1024 + 1))))
 

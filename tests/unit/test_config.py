@@ -71,6 +71,28 @@ def test_a_wrong_setting_is_named(flags: dict[str, object], expected: str) -> No
     assert expected in str(caught.value)
 
 
+def test_what_is_wrong_in_the_file_names_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("models_max = 3\nparallel = 0\nnonsense = 1\n[models.a]\nnonsense = 2\n")
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig.load({}, file)
+    monkeypatch.setenv("PADDOCK_PARALLEL", "0")
+    with pytest.raises(ConfigError) as of_environment:
+        ServerConfig.load({}, file)
+
+    assert f"{file}:2: --parallel" in str(caught.value)
+    assert f"{file}:3: There is no setting named 'nonsense'" in str(caught.value)
+    assert f"{file}:2" not in str(of_environment.value)
+
+
+def test_tables_of_models_are_no_settings(tmp_path: Path) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("default_model = 'a'\nparallel = 2\n[defaults]\n[models.a]\n[groups.g]\n")
+    config = ServerConfig.load({}, file)
+
+    assert (config.parallel, config.config_file) == (2, file)
+
+
 @pytest.mark.parametrize("text", ["parallel = ", "nonsense = 1\n"])
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "paddock.toml"

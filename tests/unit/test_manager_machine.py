@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -152,6 +154,19 @@ class ManagerMachine(RuleBasedStateMachine):
             self.world.tell(name, m.FileFound(DEFAULTS, None))
         else:
             self.world.tell(name, m.FileGone())
+
+    @rule(
+        name=names, slot_count=st.sampled_from([4, 8]), idle=st.sampled_from([0.0, 5.0]), other=st.booleans()
+    )
+    def configuration_is_reloaded(self, name: str, slot_count: int, idle: float, other: bool) -> None:
+        if self._known(name):
+            defaults = replace(DEFAULTS, slot_count=slot_count, idle_timeout_seconds=idle)
+            self.world.tell(name, m.FileFound(defaults, None, reloading=True, other_file=other))
+
+    @rule(name=names)
+    def a_reload_does_not_find_the_model(self, name: str) -> None:
+        if self._known(name):
+            self.world.tell(name, m.FileGone(reloading=True))
 
     @precondition(lambda self: not self.closing)
     @rule(seldom=st.integers(0, 9))

@@ -86,6 +86,10 @@ class ModelManagerApi(Protocol):
         """Say what a model would take in memory, without loading it."""
         ...
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """Read the configuration files and the model directories again."""
+        ...
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         ...

@@ -20,7 +20,16 @@ from paddock.generation import (
 )
 from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
 from paddock.transport import GrpcApi, connect
-from paddock.types import MemoryEstimate, Model, ModelSource, ModelState, RuntimeOptions, ServerInfo, Unloaded
+from paddock.types import (
+    MemoryEstimate,
+    Model,
+    ModelSource,
+    ModelState,
+    Reloaded,
+    RuntimeOptions,
+    ServerInfo,
+    Unloaded,
+)
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 
@@ -358,6 +367,10 @@ class Client:
         """
         request = requests.estimate_request(model, source=source, options=options)
         return convert.memory_estimate(await self._api.estimate_memory(request))
+
+    async def reload(self) -> Reloaded:
+        """Have the server read its configuration files and model directories again."""
+        return convert.reloaded(await self._api.reload(pb.ReloadRequest()))
 
     async def server_info(self) -> ServerInfo:
         """Return what the server says about itself."""

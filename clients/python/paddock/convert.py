@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Final
 
 from paddock import generation, types
 from paddock.generation import FinishReason
-from paddock.types import ArtifactState, MemoryPhase, MemoryVerdict, ModelState, ProgressKind, Stage
+from paddock.types import (
+    ArtifactState,
+    MemoryPhase,
+    MemoryVerdict,
+    Modality,
+    ModelOrigin,
+    ModelState,
+    ProgressKind,
+    Stage,
+)
 from paddock.v1 import generation_pb2, model_manager_pb2, model_pb2
 
 if TYPE_CHECKING:
@@ -61,6 +70,19 @@ MEMORY_VERDICTS: Final[Mapping[int, MemoryVerdict]] = {
 
 _PART_PREFIX: Final = "MEMORY_PART_KIND_"
 
+_ORIGINS: Final = {
+    model_pb2.MODEL_ORIGIN_HUB_CACHE: ModelOrigin.HUB_CACHE,
+    model_pb2.MODEL_ORIGIN_MODELS_DIR: ModelOrigin.MODELS_DIR,
+    model_pb2.MODEL_ORIGIN_PRESET: ModelOrigin.PRESET,
+    model_pb2.MODEL_ORIGIN_CONFIG_FILE: ModelOrigin.CONFIG_FILE,
+}
+
+_MODALITIES: Final = {
+    model_pb2.MODALITY_TEXT: Modality.TEXT,
+    model_pb2.MODALITY_IMAGE: Modality.IMAGE,
+    model_pb2.MODALITY_AUDIO: Modality.AUDIO,
+}
+
 
 def model(message: model_pb2.Model) -> types.Model:
     """Convert a model."""
@@ -83,9 +105,14 @@ def model(message: model_pb2.Model) -> types.Model:
         memory=_memory(message.memory) if message.HasField("memory") else None,
         lease_count=message.lease_count,
         waiting_request_count=message.waiting_request_count,
+        aliases=tuple(message.aliases),
+        tags=tuple(message.tags),
         pinned=message.pinned,
         priority=message.priority,
+        origin=_ORIGINS.get(message.origin, ModelOrigin.UNKNOWN),
+        description=message.description,
         group=message.group,
+        load_on_startup=message.load_on_startup,
     )
 
 
@@ -237,6 +264,20 @@ def _part_kind(kind: model_manager_pb2.MemoryPartKind.ValueType) -> str:
     return model_manager_pb2.MemoryPartKind.Name(kind).removeprefix(_PART_PREFIX).lower()
 
 
+def reloaded(message: model_manager_pb2.ReloadResponse) -> types.Reloaded:
+    """Convert what a reload changed."""
+    return types.Reloaded(
+        added=tuple(message.added),
+        changed=tuple(message.changed),
+        removed=tuple(message.removed),
+        unchanged_count=message.unchanged_count,
+        problems=tuple(
+            types.ConfigProblem(file=one.file, line=one.line, key=one.key, message=one.message)
+            for one in message.problems
+        ),
+    )
+
+
 def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.ServerInfo:
     """Convert what the server says about itself."""
     return types.ServerInfo(
@@ -303,6 +344,11 @@ def _model_info(message: model_pb2.ModelInfo) -> types.ModelInfo:
         vocabulary_size=message.vocabulary_size,
         display_name=message.display_name,
         embedding_only=message.embedding_only,
+        input_modalities=tuple(
+            _MODALITIES[modality] for modality in message.input_modalities if modality in _MODALITIES
+        ),
+        template_has_tools=message.template_has_tools,
+        template_has_thinking=message.template_has_thinking,
     )
 
 

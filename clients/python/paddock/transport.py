@@ -151,6 +151,10 @@ class GrpcApi:
         """Say what a model would take in memory, without loading it."""
         return await _unary(self._stub.EstimateMemory, request)
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """See `ModelManagerApi.reload`."""
+        return await _unary(self._stub.Reload, request)
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await _unary(self._stub.GetServerInfo, request)

@@ -34,6 +34,24 @@ class ArtifactState(StrEnum):
     UNKNOWN = "unknown"
 
 
+class ModelOrigin(StrEnum):
+    """Where a server knows a model from."""
+
+    HUB_CACHE = "hub_cache"
+    MODELS_DIR = "models_dir"
+    PRESET = "preset"
+    CONFIG_FILE = "config_file"
+    UNKNOWN = "unknown"
+
+
+class Modality(StrEnum):
+    """A kind of input."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    AUDIO = "audio"
+
+
 class Stage(StrEnum):
     """Stages of a load, in order."""
 
@@ -108,6 +126,12 @@ class ModelInfo:
     vocabulary_size: int
     display_name: str
     embedding_only: bool
+    input_modalities: tuple[Modality, ...] = ()
+    """What its files can take in; kinds newer than this client are left out."""
+    template_has_tools: bool = False
+    """Whether the chat template shows tools to the model."""
+    template_has_thinking: bool = False
+    """Whether the chat template knows of thinking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +213,40 @@ class Model:
     """Requests that use it now."""
     waiting_request_count: int = 0
     """Requests that wait for it to be loaded."""
+    aliases: tuple[str, ...] = ()
+    """Other names requests may use."""
+    tags: tuple[str, ...] = ()
     pinned: bool = False
     priority: int = 0
+    """How much it is worth keeping beside others."""
+    origin: ModelOrigin = ModelOrigin.UNKNOWN
+    """Where the server knows it from."""
+    description: str = ""
     group: str = ""
+    load_on_startup: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigProblem:
+    """Something wrong in a configuration file of the server."""
+
+    file: str
+    line: int
+    """From 1; 0 where the file as a whole is meant."""
+    key: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reloaded:
+    """What a reload of the configuration changed. Models are named by their ids."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unchanged_count: int
+    problems: tuple[ConfigProblem, ...]
+    """What was left out of the files."""
 
 
 class ProgressKind(StrEnum):

@@ -1,20 +1,26 @@
-"""The models on disk: a bounded GGUF header reader, and the scan of the model directories.
+"""The models there are: on disk (a bounded GGUF header reader, the scan of the model directories), and as the
+configuration files have them.
 
 Nothing here is asynchronous; call it from a thread.
 """
 
 from __future__ import annotations
 
+from paddock_server.catalog.catalog import Catalog, file_problems
+from paddock_server.catalog.configured.problems import InvalidConfigError, Place, Problem
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
-from paddock_server.catalog.directory import Catalog
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
-from paddock_server.catalog.ggml_types import TENSOR_TYPES, TensorType
+from paddock_server.catalog.ggml_types import CACHE_TYPE_NAMES, TENSOR_TYPES, TensorType
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.roots import CatalogError
+from paddock_server.catalog.setup import DEFAULT_SETUP, NO_DEFAULTS, ModelSetup, Origin, RequestDefaults
 from paddock_server.catalog.weights import TensorGroup, Weights, repacked_bytes
 
 __all__ = [
+    "CACHE_TYPE_NAMES",
+    "DEFAULT_SETUP",
+    "NO_DEFAULTS",
     "TENSOR_TYPES",
     "Catalog",
     "CatalogEntry",
@@ -22,14 +28,21 @@ __all__ = [
     "CatalogProblem",
     "GgufError",
     "GgufHeader",
+    "InvalidConfigError",
     "ModelFacts",
+    "ModelSetup",
     "OmittedValue",
+    "Origin",
+    "Place",
+    "Problem",
+    "RequestDefaults",
     "Split",
     "TensorGroup",
     "TensorInfo",
     "TensorType",
     "UnsupportedGgufError",
     "Weights",
+    "file_problems",
     "merged_facts",
     "model_facts",
     "read_header",

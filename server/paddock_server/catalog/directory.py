@@ -1,10 +1,15 @@
-"""The models in the configured directories: which there are, what they are, and what is wrong with them."""
+"""The models in the configured directories: which there are, what they are, and what is wrong with them.
+
+A file directly in a model directory is called by its name without the suffix, a model in a folder by the path
+of the folder, and of several models in one folder each by the path of the folder and its own name.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +26,15 @@ from paddock_server.catalog.roots import (
     FoundPath,
     ModelRoots,
     exists,
+    found_file,
     unlisted,
     without_control_characters,
 )
 from paddock_server.catalog.shards import FileGroup, grouped, split_fault
 
 _NAMED_FILES = 5
+_MAX_DEPTH = 4
+"""Folders below a model directory that are looked into: `publisher/repository/revision/quantisation`."""
 _FILE_SYSTEM = "the file system"
 _FILE_NAMES = "the file names"
 
@@ -52,7 +60,7 @@ class _Role(Enum):
     OTHER = auto()
 
 
-class Catalog:
+class ModelDirectories:
     """The model directories. Every method reads files, so call it from a thread; threads take turns."""
 
     def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
@@ -60,6 +68,11 @@ class Catalog:
         self._roots = ModelRoots(directories)
         self._known: dict[Path, _Known] = {}
         self._lock = threading.Lock()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The directories, links resolved."""
+        return self._roots.paths
 
     def scan(self) -> dict[str, CatalogEntry]:
         """All models by id, in the order of their ids.
@@ -83,7 +96,8 @@ class Catalog:
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory: a file, any shard of a set, or a folder.
 
-        The path may lie deeper than a scan looks. The entry's id is the last part of the path, as in a scan.
+        The path may lie deeper than a scan looks. The entry's id is that of a scan: of a file its name, of a
+        folder its path.
 
         Raises:
             CatalogError: there is no model at that path, or it leaves the directories.
@@ -101,6 +115,38 @@ class Catalog:
             raise CatalogError(LOCAL_PATH_FIELD, message)
         return entry
 
+    def entry_of(self, path: Path) -> CatalogEntry:
+        """The model in a file, a set of shards or a folder that the operator has named.
+
+        It may lie outside the model directories; links of its folder may then not leave the folder. What
+        cannot be found is an entry that says so.
+        """
+        folder = Path(os.path.realpath(path.parent))
+        named = folder / path.name
+        inside = next((root for root in self._roots.paths if named.is_relative_to(root)), None)
+        try:
+            with self._lock:
+                if inside is not None:
+                    entry = self._entry_at(named, inside)
+                else:
+                    # A model may be a link, as in the hub's cache, to a place that naming it allows.
+                    target = Path(os.path.realpath(named))
+                    beside = ModelRoots([folder, target if target.is_dir() else target.parent])
+                    entry = self._entry_at(named, folder, beside)
+                    entry = entry and replace(entry, relative_path=displayed(entry.path))
+        except (OSError, CatalogError):
+            entry = None
+        if entry is not None:
+            return entry
+        what = "does not exist, cannot be read, or holds no model"
+        return _broken_folder(FoundPath(named, displayed(path)), what, _FILE_SYSTEM)
+
+    def with_projector(self, entry: CatalogEntry, path: Path) -> CatalogEntry:
+        """An entry with a projector that the operator has named."""
+        with self._lock:
+            facts = self._projector_facts(found_file(path))
+        return replace(entry, mmproj_path=path, projector=facts)
+
     def _root_entries(self, root: Path) -> Iterator[CatalogEntry]:
         try:
             listing = self._roots.listing(root, root)
@@ -110,39 +156,58 @@ class Catalog:
             if self._role(group.first) is _Role.MODEL:
                 yield self._group_entry(group.stem, group, None)
         for folder in listing.folders:
-            entry = self._folder_entry(folder, root)
-            if entry is not None:
-                yield entry
+            yield from self._tree_entries(folder, root, ())
 
-    def _entry_at(self, path: Path, root: Path) -> CatalogEntry | None:
+    def _tree_entries(self, folder: FoundPath, root: Path, above: tuple[int, ...]) -> Iterator[CatalogEntry]:
+        """The models in a folder and in those below it. `above` are the inodes of the folders around it."""
+        # A link may lead back up, and a model directory may lie in another one.
+        if folder.inode in above or folder.path in self._roots.paths:
+            return
+        if folder.fault is not None:
+            yield _broken_folder(folder, folder.fault, _FILE_SYSTEM)
+            return
+        try:
+            listing = self._roots.listing(folder.path, root)
+        except OSError as error:
+            yield _broken_folder(folder, f"cannot be listed: {error.strerror}", _FILE_SYSTEM)
+            return
+        models, projector = self._sorted_out(listing.files)
+        place = str(folder.path.relative_to(root))
+        for group in models:
+            name = place if len(models) == 1 else f"{place}/{group.stem}"
+            yield self._group_entry(name, group, projector)
+        if len(above) + 1 < _MAX_DEPTH:
+            for inner in listing.folders:
+                yield from self._tree_entries(inner, root, (*above, folder.inode))
+
+    def _sorted_out(self, files: Sequence[FoundPath]) -> tuple[list[FileGroup], FoundPath | None]:
+        """The models among the files of a folder, and the projector that goes with them."""
+        roles = [(self._role(group.first), group) for group in grouped(files)]
+        models = [group for role, group in roles if role is _Role.MODEL]
+        projectors = [group.first for role, group in roles if role is _Role.PROJECTOR]
+        return models, next((file for file in projectors if file.fault is None), None)
+
+    def _entry_at(self, path: Path, root: Path, roots: ModelRoots | None = None) -> CatalogEntry | None:
+        roots = roots or self._roots
         if path.is_dir():
-            return self._folder_entry(FoundPath(path, displayed(path.relative_to(root))), root)
-        for group in grouped(self._roots.listing(path.parent, root).files):
+            return self._folder_entry(FoundPath(path, displayed(path.relative_to(root))), root, roots)
+        for group in grouped(roots.listing(path.parent, root).files):
             if any(file.path == path for file in group.files):
                 is_model = self._role(group.first) is _Role.MODEL
                 return self._group_entry(group.stem, group, None) if is_model else None
         return None
 
-    def _folder_entry(self, folder: FoundPath, root: Path) -> CatalogEntry | None:
-        if folder.fault is not None:
-            return _broken_folder(folder, folder.fault, _FILE_SYSTEM)
-        try:
-            groups = grouped(self._roots.listing(folder.path, root).files)
-        except OSError as error:
-            return _broken_folder(folder, f"cannot be listed: {error.strerror}", _FILE_SYSTEM)
-        roles = [(self._role(group.first), group) for group in groups]
-        models = [group for role, group in roles if role is _Role.MODEL]
+    def _folder_entry(self, folder: FoundPath, root: Path, roots: ModelRoots) -> CatalogEntry | None:
+        models, projector = self._sorted_out(roots.listing(folder.path, root).files)
         if not models:
             return None
         if len(models) > 1:
             names = ", ".join(displayed(group.first.path.name) for group in models[:_NAMED_FILES])
-            what = f"holds {len(models)} models, among them {names}; keep one model in a folder"
+            what = f"holds {len(models)} models, among them {names}; name one of the files"
             return _broken_folder(folder, what, _FILE_NAMES)
-        projectors = [group.first for role, group in roles if role is _Role.PROJECTOR]
-        projector = next((file.path for file in projectors if file.fault is None), None)
-        return self._group_entry(folder.path.name, models[0], projector)
+        return self._group_entry(str(folder.path.relative_to(root)), models[0], projector)
 
-    def _group_entry(self, name: str, group: FileGroup, projector: Path | None) -> CatalogEntry:
+    def _group_entry(self, name: str, group: FileGroup, projector: FoundPath | None) -> CatalogEntry:
         facts = self._group_facts(group)
         id_, name_problem = _checked_id(name, group.relative_load_path)
         for file in group.files:
@@ -152,12 +217,17 @@ class Catalog:
             path=group.load_path,
             relative_path=group.relative_load_path,
             shard_paths=tuple(file.path for file in group.files),
-            mmproj_path=projector,
+            mmproj_path=projector.path if projector is not None else None,
+            projector=self._projector_facts(projector),
             size_bytes=sum(file.size_bytes for file in group.files),
             modified_ns=max(file.modified_ns for file in group.files),
             facts=facts if isinstance(facts, ModelFacts) and name_problem is None else None,
             problem=name_problem or (facts if isinstance(facts, CatalogProblem) else None),
         )
+
+    def _projector_facts(self, projector: FoundPath | None) -> ModelFacts | None:
+        facts = self._read(projector) if projector is not None else None
+        return facts if isinstance(facts, ModelFacts) else None
 
     def _group_facts(self, group: FileGroup) -> ModelFacts | CatalogProblem:
         set_fault = group.set_fault()
@@ -226,9 +296,9 @@ def _checked_id(name: str, relative_path: str) -> tuple[str, CatalogProblem | No
 
 
 def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
-    id_, name_problem = _checked_id(folder.path.name, folder.relative)
+    _, name_problem = _checked_id(folder.path.name, folder.relative)
     return CatalogEntry(
-        id=id_,
+        id=without_control_characters(folder.relative),
         path=folder.path,
         relative_path=folder.relative,
         shard_paths=(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from paddock.errors import Reason
 from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.facts import ModelFacts
+from paddock_server.catalog.setup import DEFAULT_SETUP, ModelSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class CatalogEntry:
     `path` is the file to load, the first shard of a set; where a problem stands in the way, it may be a
     folder or missing. `shard_paths` are all files of the model in their order, `size_bytes` their size
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
-    `relative_path` is `path` as a LocalSource names it. Exactly one of `facts` and `problem` is set.
+    `relative_path` is `path` as a LocalSource names it, or the whole path where it lies outside the model
+    directories. Exactly one of `facts` and `problem` is set.
+    `projector` are the facts of `mmproj_path`, where it could be read. `setup` is what its sources say of it.
     """
 
     id: str
@@ -50,6 +53,8 @@ class CatalogEntry:
     modified_ns: int
     facts: ModelFacts | None
     problem: CatalogProblem | None
+    projector: ModelFacts | None = None
+    setup: ModelSetup = DEFAULT_SETUP
 
 
 def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:

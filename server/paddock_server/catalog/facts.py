@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,10 @@ PerBlock = int | tuple[int, ...]
 """One number for every block of a model, or one for each."""
 
 _MAX_INT32 = 2**31 - 1
+
+# By inspection of the text: to render a template of a file nobody has asked for would be to trust it.
+_TOOLS = re.compile(r"\btools\b")
+_THINKING = re.compile(r"enable_thinking|reasoning_content|<think(?:ing)?>|\bthinking\b")
 _GUESSED_FILE_TYPE = 1024
 
 _POOLINGS = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
@@ -52,9 +57,10 @@ class ModelFacts:
     A number that the file does not give is None, a text that it does not give is empty. Lengths and counts
     are in elements, `trained_context_tokens` in tokens, `tensor_bytes` in bytes. `parameters_by_type` counts
     parameters by the name of their tensor type. `chat_template` is None too when the template is longer than
-    a header reader keeps; `has_chat_template` tells the two apart. `pooling` is one of none, mean, cls, last
-    and rank. `hyperparameters` has the whole numbers, and arrays of them, that the file gives under the name
-    of its architecture, by the rest of their keys; `merge_count` counts the merges of its tokenizer.
+    a header reader keeps; `has_chat_template` tells the two apart. What the template `has` is told by its
+    words. `pooling` is one of none, mean, cls, last and rank. A projector says which encoders it has.
+    `hyperparameters` has the whole numbers, and arrays of them, that the file gives under the name of its
+    architecture, by the rest of their keys; `merge_count` counts the merges of its tokenizer.
     """
 
     architecture: str
@@ -82,6 +88,10 @@ class ModelFacts:
     hyperparameters: Mapping[str, PerBlock] = field(default_factory=dict[str, PerBlock])
     weights: Weights = field(default_factory=Weights)
     merge_count: int = 0
+    template_has_tools: bool = False
+    template_has_thinking: bool = False
+    has_vision_encoder: bool = False
+    has_audio_encoder: bool = False
 
 
 def model_facts(header: GgufHeader) -> ModelFacts:
@@ -124,6 +134,10 @@ def model_facts(header: GgufHeader) -> ModelFacts:
         hyperparameters=keys.hyperparameters(f"{architecture}."),
         weights=model_weights(header.tensors),
         merge_count=keys.length("tokenizer.ggml.merges"),
+        template_has_tools=_TOOLS.search(template) is not None,
+        template_has_thinking=_THINKING.search(template) is not None,
+        has_vision_encoder=keys.flag("clip.has_vision_encoder"),
+        has_audio_encoder=keys.flag("clip.has_audio_encoder"),
     )
 
 
@@ -165,6 +179,13 @@ class _Keys:
             return ""
         if not isinstance(value, str):
             self._fail(key, "is not a string")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """The truth value under `key`; false when there is none."""
+        value = self._header.metadata.get(key, False)
+        if not isinstance(value, bool):
+            self._fail(key, "is not true or false")
         return value
 
     def integer(self, key: str) -> int | None:

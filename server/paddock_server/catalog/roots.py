@@ -144,6 +144,15 @@ class ModelRoots:
         return any(real.is_relative_to(root) for root in self.paths)
 
 
+def found_file(path: Path) -> FoundPath:
+    """A file that the operator has named, wherever it lies."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return FoundPath(path, displayed(path), fault=f"cannot be opened: {error.strerror}")
+    return FoundPath(path, displayed(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 def unlisted(directory: str | os.PathLike[str], error: OSError) -> CatalogError:
     """The error about a configured directory that cannot be listed."""
     return CatalogError(_DIRECTORY_FIELD, f"{displayed(directory)!r} cannot be listed: {error.strerror}")

@@ -7,6 +7,7 @@ loop         one task for admission, eviction and the queue for room
 residency    its books; policy its decision, pure; admission the budget behind it
 run          one worker from start to end, in tasks beside the actor
 progress     a load as its callers see it; events the watch over all models
+sources      what the catalog gives, and reloads say of it
 desired      what comes back after a restart
 """
 
@@ -17,10 +18,12 @@ from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.manager import ModelManager
 from paddock_server.manager.run import LiveWorker, WorkerLauncher
+from paddock_server.manager.snapshot import Listing
 
 __all__ = [
     "Admission",
     "Lease",
+    "Listing",
     "LiveWorker",
     "ManagerConfig",
     "MemoryAdmission",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from paddock_server.manager import failure as failures
@@ -62,7 +63,7 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
 def _wanted(turn: Turn, event: LoadAsked) -> NextLoad:
     state = turn.state
     options = event.wish.filled(state.options if state.asleep else state.defaults)
-    return NextLoad(options, explicit=True, timeout_seconds=event.timeout_seconds)
+    return NextLoad(options, explicit=event.explicit, timeout_seconds=event.timeout_seconds)
 
 
 def _joins(turn: Turn, event: LoadAsked, options: Options) -> bool:
@@ -102,6 +103,37 @@ def _set_idle_times(turn: Turn, wish: Wish) -> None:
     if state.leases == 0:
         turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
+
+
+def follow_defaults(turn: Turn, old: Options, *, other_file: bool) -> None:
+    """Bring a model in line with defaults that a reload has changed; what somebody set otherwise stays.
+
+    Only other files or load options cost a load: an idle time-out changes in place.
+    """
+    state = turn.state
+    if state.remembered is not None:
+        remembered = state.remembered.rebased(old, state.defaults)
+        if remembered != state.remembered:
+            turn.set(remembered=remembered)
+            turn.do(Remember(remembered))
+    if state.next_load is not None:
+        options = state.next_load.options.rebased(old, state.defaults)
+        turn.set(next_load=replace(state.next_load, options=options))
+    options = state.options.rebased(old, state.defaults)
+    in_place = Wish({}, options.as_wish().times)
+    if state.phase in AT_REST or (options == state.options and not other_file):
+        return
+    if state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
+        turn.set(options=options)  # It reads its files and options anew when it wakes.
+    elif options == in_place.filled(state.options) and not other_file:
+        if state.phase is Phase.READY:
+            _set_idle_times(turn, in_place)
+        else:
+            turn.set(options=options)
+    elif state.next_load is None and state.phase is not Phase.STOPPING:
+        turn.set(outdated=options)
+        if state.phase is Phase.READY:
+            turn.catch_up()
 
 
 def remember_load(turn: Turn) -> None:

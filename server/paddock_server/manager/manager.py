@@ -6,14 +6,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from paddock_server.catalog import CatalogError
+from paddock_server.catalog import NO_DEFAULTS, CatalogError, InvalidConfigError
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
 from paddock_server.manager.admission import MemoryAdmission
@@ -32,9 +32,17 @@ from paddock_server.manager.messages import (
     TermsSet,
     UnloadAsked,
 )
-from paddock_server.manager.options import Terms, default_options, wish_of
+from paddock_server.manager.options import Wish, default_options, terms_of, wish_of
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
+from paddock_server.manager.snapshot import Listing, logs_response, public_state
+from paddock_server.manager.sources import (
+    config_problem,
+    entry_problem,
+    other_file,
+    reload_error,
+    startup_loads,
+)
 from paddock_server.manager.state import NEVER, ActorState, Limits, Phase
 
 if TYPE_CHECKING:
@@ -43,13 +51,14 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from paddock_server.catalog import CatalogEntry
+    from paddock_server.catalog import CatalogEntry, RequestDefaults
     from paddock_server.manager.admission import Admission
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.options import Options
     from paddock_server.manager.run import WorkerLauncher
-    from paddock_server.supervisor import LogBatch, LogRing
+    from paddock_server.manager.sources import ModelCatalog
+    from paddock_server.supervisor import LogRing
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -65,18 +74,6 @@ _CONFLICTS: Final = {
     pb.LOAD_CONFLICT_POLICY_KEEP: Conflict.KEEP,
     pb.LOAD_CONFLICT_POLICY_RELOAD: Conflict.RELOAD,
 }
-
-
-class ModelCatalog(Protocol):
-    """What the manager needs of `catalog.Catalog`. Blocking; called in threads."""
-
-    def scan(self) -> Mapping[str, CatalogEntry]:
-        """Return all models by id. Raises `CatalogError`."""
-        ...
-
-    def resolve_local(self, path: str) -> CatalogEntry:
-        """Return the model at a path relative to a model directory. Raises `CatalogError`."""
-        ...
 
 
 class ModelManager:
@@ -112,6 +109,7 @@ class ModelManager:
         self._desired = DesiredLoads(config.state_file)
         self._writer: asyncio.Task[None] | None = None
         self._mentioned: dict[str, str] = {}
+        self._names: dict[str, str] = {}
         limits = Limits(
             waiters_max=config.queue_limit,
             drain_seconds=config.drain_seconds,
@@ -149,6 +147,7 @@ class ModelManager:
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
         self._replay()
+        self._load_on_startup()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
@@ -191,9 +190,16 @@ class ModelManager:
             log.warning("remembered_models_missing", models=missing)
         for model in kept:
             log.info("load_replayed", model=model)
-            subscription = Subscription()
-            subscription.closed = True
-            self._actors[model].tell(LoadAsked(subscription, self._desired.loads[model]))
+            self._actors[model].tell(LoadAsked(_nobody(), self._desired.loads[model]))
+
+    def _load_on_startup(self) -> None:
+        """Load what the configuration wants loaded, as far as there is room."""
+        entries = [actor.entry for actor in self._actors.values()]
+        kept, left_out = startup_loads(entries, self._desired.loads.keys(), self._config.models_max)
+        if left_out:
+            log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
+        for model in kept:
+            self._actors[model].tell(LoadAsked(_nobody(), Wish({}), explicit=False))
 
     # What the RPCs ask for
 
@@ -229,7 +235,7 @@ class ModelManager:
         """
         wish = wish_of(request.runtime_options)
         entry = (await self._load_target(request)).entry
-        problem = _problem(entry)
+        problem = entry_problem(entry)
         if problem is not None:
             raise problem.error()
         return entry, wish.filled(default_options(self._config, entry.facts))
@@ -243,14 +249,14 @@ class ModelManager:
         actor = await self._actor(request.model)
         reply: asyncio.Future[pb.UnloadResponse] = asyncio.get_running_loop().create_future()
         timeout = request.drain_timeout
+        own = actor.entry.setup.drain_seconds
+        drain_seconds = self._config.drain_seconds if own is None else own
         actor.tell(
             UnloadAsked(
                 reply,
                 force=request.mode == pb.UNLOAD_MODE_FORCE,
                 drain_seconds=(
-                    timeout.ToNanoseconds() / 1e9
-                    if request.HasField("drain_timeout")
-                    else self._config.drain_seconds
+                    timeout.ToNanoseconds() / 1e9 if request.HasField("drain_timeout") else drain_seconds
                 ),
                 only_load_id=request.load_id,
             )
@@ -328,6 +334,44 @@ class ModelManager:
         """
         return (await self._actor(model)).snapshot()
 
+    def listing(self) -> Listing:
+        """Return what List shows, ordered by id, without making a message of any model yet."""
+        ids = sorted(model for model, actor in self._actors.items() if not actor.entry.setup.hidden)
+        return Listing(ids, self._state_of, self._model_of, self._changes.revision)
+
+    def _state_of(self, model: str) -> model_pb2.ModelState.ValueType:
+        return public_state(self._actors[model].state)
+
+    def _model_of(self, model: str) -> model_pb2.Model:
+        return self._actors[model].snapshot()
+
+    def default_model(self) -> str:
+        """Return the model of requests that name none; empty when there is none."""
+        return self._names.get("", "")
+
+    def request_defaults(self, name: str) -> RequestDefaults:
+        """Return what requests by this name take for fields they leave unset."""
+        actor = self._actors.get(self._id_of(name))
+        return NO_DEFAULTS if actor is None else actor.entry.setup.names.get(name, NO_DEFAULTS)
+
+    async def reload(self) -> pb.ReloadResponse:
+        """Read the configuration files and the model directories again, and take over what changed.
+
+        Raises:
+            PaddockError: INVALID_CONFIG, when a file does not validate; nothing has changed then.
+        """
+        async with self._scan_lock:
+            self._scanned_at = asyncio.get_running_loop().time()
+            try:
+                found = await asyncio.to_thread(self._scan, reread=True)
+            except (InvalidConfigError, CatalogError) as error:
+                raise reload_error(error) from error
+            if self._closing:
+                raise failures.shutting_down().error()
+            response = self._apply(found, reloading=True)
+            response.problems.extend(config_problem(one) for one in self._catalog.problems)
+            return response
+
     def snapshots(self) -> tuple[list[model_pb2.Model], int]:
         """Return every model, ordered by id, and the revision they reflect."""
         return self._models(), self._changes.revision
@@ -349,7 +393,7 @@ class ModelManager:
         ring = await self.logs(request.model)
         follower = ring.subscribe(tail_line_count=request.tail_line_count, follow=request.follow)
         async for batch in follower:
-            yield _logs_response(batch)
+            yield logs_response(batch)
 
     async def rescan(self) -> None:
         """Read the model directories again: new models appear, changed ones are noted, removed ones go.
@@ -366,17 +410,20 @@ class ModelManager:
     # Finding models
 
     async def _actor(self, model: str) -> Actor:
-        """Return the actor of a model; an unknown one is looked for on disk first."""
-        if model not in self._actors:
+        """Return the actor of a model, by any of its names; an unknown one is looked for on disk first."""
+        if self._id_of(model) not in self._actors:
             await self._scan_soon()
         try:
-            return self._actors[model]
+            return self._actors[self._id_of(model)]
         except KeyError:
             raise ModelNotFoundError.of(model) from None
 
+    def _id_of(self, name: str) -> str:
+        return self._names.get(name, name)
+
     async def _actor_to_load(self, model: str) -> Actor:
         """Return the actor of a model to load; the file of a broken one may be another by now."""
-        actor = self._actors.get(model)
+        actor = self._actors.get(self._id_of(model))
         if actor is not None and (actor.entry.problem is not None or actor.state.held_until == NEVER):
             await self._scan_soon()
         return await self._actor(model)
@@ -400,9 +447,9 @@ class ModelManager:
         except CatalogError as error:
             log.warning("catalog_scan_failed", error=str(error))
 
-    def _scan(self) -> dict[str, CatalogEntry]:
+    def _scan(self, *, reread: bool = False) -> dict[str, CatalogEntry]:
         """Scan, and add the models that were named by their path. Runs in a thread."""
-        found = dict(self._catalog.scan())
+        found = dict(self._catalog.scan(reread=reread))
         for model, path in list(self._mentioned.items()):
             if model in found:
                 continue
@@ -412,29 +459,42 @@ class ModelManager:
                 continue
         return found
 
-    def _apply(self, found: Mapping[str, CatalogEntry]) -> None:
+    def _apply(self, found: Mapping[str, CatalogEntry], *, reloading: bool = False) -> pb.ReloadResponse:
+        """Take over what a scan found; only a reload touches the loads that are under way."""
+        difference = pb.ReloadResponse()
+        self._names = {name: model for model, entry in found.items() for name in entry.setup.names}
         for model, entry in found.items():
             actor = self._actors.get(model)
             if actor is None:
                 self._add(entry)
-            elif actor.entry != entry or actor.state.gone:
-                defaults = default_options(self._config, entry.facts)
-                actor.tell(EntryFound(entry, FileFound(defaults, _problem(entry))))
-        for model, actor in self._actors.items():
-            if model not in found and not actor.state.gone:
-                actor.tell(FileGone())
+                difference.added.append(model)
+            elif actor.state.gone or (actor.entry is not entry and actor.entry != entry):
+                defaults = default_options(self._config, entry.facts, entry.setup)
+                reread = reloading and other_file(actor.entry, entry)
+                event = FileFound(defaults, entry_problem(entry), reloading, reread)
+                actor.tell(EntryFound(entry, event))
+                actor.tell(TermsSet(terms_of(entry.setup, self._desired.pins.get(model))))
+                difference.changed.append(model)
+            else:
+                difference.unchanged_count += 1
+        for model in sorted(self._actors.keys() - found.keys()):
+            actor = self._actors[model]
+            if reloading or not actor.state.gone:
+                actor.tell(FileGone(reloading))
+                difference.removed.append(model)
+        return difference
 
     def _add(self, entry: CatalogEntry) -> None:
-        defaults = default_options(self._config, entry.facts)
+        defaults = default_options(self._config, entry.facts, entry.setup)
         wish = self._desired.loads.get(entry.id)
         state = ActorState(
             model=entry.id,
             defaults=defaults,
             options=defaults,
-            terms=Terms(pinned=self._desired.pins.get(entry.id, False)),
+            terms=terms_of(entry.setup, self._desired.pins.get(entry.id)),
             load_id_prefix=f"{self.instance_id}-{secrets.token_hex(3)}-",
             remembered=wish.filled(defaults) if wish is not None else None,
-            problem=_problem(entry),
+            problem=entry_problem(entry),
             # A model that went and came back must not take messages meant for the one before it.
             ticket=self._actor_count << 32,
         )
@@ -484,16 +544,11 @@ class ModelManager:
         self._changes.deleted(model)
 
 
-def _problem(entry: CatalogEntry) -> failures.Failure | None:
-    return failures.problem(entry.problem) if entry.problem is not None else None
-
-
-def _logs_response(batch: LogBatch) -> pb.StreamLogsResponse:
-    response = pb.StreamLogsResponse(dropped_line_count=batch.dropped_line_count)
-    for line in batch.lines:
-        added = response.lines.add(load_id=line.load_id, pid=line.pid, text=line.text)
-        added.read_time.FromNanoseconds(int(line.read_time * 1e9))
-    return response
+def _nobody() -> Subscription:
+    """Return the subscriber of a load that no call asks for."""
+    subscription = Subscription()
+    subscription.closed = True
+    return subscription
 
 
 def _log_bug(task: asyncio.Task[None]) -> None:

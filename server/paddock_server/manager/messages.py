@@ -52,6 +52,8 @@ class LoadAsked:
     wish: Wish
     conflict: Conflict = Conflict.FAIL
     timeout_seconds: float | None = None
+    explicit: bool = True
+    """Whether an operator wants it, so that it is to come back after a restart of the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +189,19 @@ class FileFound:
 
     defaults: Options
     problem: Failure | None
+    reloading: bool = False
+    """Whether a load under way is to be brought in line with it."""
+
+    other_file: bool = False
+    """While reloading: whether a worker has read other files than are there now."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileGone:
     """The model's file is not there any more."""
+
+    reloading: bool = False
+    """Whether a load under way is to end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paddock.errors import FieldViolation, InvalidFieldError, Reason
 from paddock.v1 import model_pb2
+from paddock_server.catalog import DEFAULT_SETUP
 from paddock_server.memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
-    from paddock_server.catalog import ModelFacts
+    from paddock_server.catalog import ModelFacts, ModelSetup
     from paddock_server.manager.config import ManagerConfig
 
 FIELD: Final = "runtime_options"
@@ -42,6 +43,18 @@ class Options:
         for name, field_name in _TIMES.items():
             getattr(proto, field_name).FromNanoseconds(int(getattr(self, name) * 1e9))
         return proto
+
+    def rebased(self, old: Options, new: Options) -> Options:
+        """Return these options after the defaults they were made from have become others.
+
+        What somebody had set otherwise stays as it was set.
+        """
+        values = {
+            field.name: getattr(new, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) == getattr(old, field.name)
+        }
+        return replace(self, **values)
 
     def as_wish(self) -> Wish:
         """Return a wish for exactly these options."""
@@ -164,15 +177,19 @@ def _fault(name: str, value: object) -> str | None:
     return f"must be from {low} to {high}"
 
 
-def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
-    """Return the options of a load nobody set any for.
+def default_options(
+    config: ManagerConfig, facts: ModelFacts | None, setup: ModelSetup = DEFAULT_SETUP
+) -> Options:
+    """Return the options of a load nobody set any for: those of the model's own setup, else the server's.
 
-    The context is capped to what the slots can use: each at most the context the model was trained with.
+    The server's context is capped to what the slots can use: each at most the context the model was trained
+    with. One that the setup names is taken as it is.
     """
     context = config.context_size_tokens
     if facts is not None and facts.trained_context_tokens:
-        context = min(context, facts.trained_context_tokens * config.slot_count)
-    return Options(
+        slot_count = int(setup.options.get("slot_count", config.slot_count))
+        context = min(context, facts.trained_context_tokens * slot_count)
+    options = Options(
         context_size_tokens=context,
         gpu_layer_count=config.gpu_layer_count,
         slot_count=config.slot_count,
@@ -182,6 +199,18 @@ def default_options(config: ManagerConfig, facts: ModelFacts | None) -> Options:
         cache_type_v=config.cache_type_v,
         idle_timeout_seconds=config.idle_timeout_seconds,
         sleep_timeout_seconds=config.sleep_timeout_seconds,
+    )
+    times = {name: getattr(setup, name) for name in _TIMES}
+    said = {name: seconds for name, seconds in times.items() if seconds is not None}
+    return Wish(setup.options, said).filled(options)
+
+
+def terms_of(setup: ModelSetup, pinned: bool | None = None) -> Terms:
+    """Return the terms a model's setup gives it; `pinned` is the operator's word, where there is one."""
+    return Terms(
+        pinned=setup.pinned if pinned is None else pinned,
+        priority=setup.priority,
+        group=setup.group if setup.exclusive else "",
     )
 
 

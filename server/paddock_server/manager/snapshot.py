@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
+from paddock_server.catalog import DEFAULT_SETUP, Origin
 from paddock_server.manager.admission import device_bytes
 from paddock_server.manager.residency import Stage
 from paddock_server.manager.state import PUBLIC_STATES, Phase
@@ -13,10 +16,30 @@ from paddock_server.manager.state import PUBLIC_STATES, Phase
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from paddock_server.catalog import CatalogEntry, ModelFacts
+    from paddock_server.catalog import CatalogEntry, ModelFacts, ModelSetup
     from paddock_server.manager.residency import Holding
     from paddock_server.manager.run import LiveWorker
     from paddock_server.manager.state import ActorState
+    from paddock_server.supervisor import LogBatch
+
+
+_ORIGINS: Final[Mapping[Origin, model_pb2.ModelOrigin.ValueType]] = {
+    Origin.HUB_CACHE: model_pb2.MODEL_ORIGIN_HUB_CACHE,
+    Origin.MODELS_DIR: model_pb2.MODEL_ORIGIN_MODELS_DIR,
+    Origin.PRESET: model_pb2.MODEL_ORIGIN_PRESET,
+    Origin.CONFIG_FILE: model_pb2.MODEL_ORIGIN_CONFIG_FILE,
+}
+
+
+class Listing(NamedTuple):
+    """Models that can be listed, each made only when it is shown."""
+
+    ids: Sequence[str]
+    """In their order."""
+
+    state_of: Callable[[str], model_pb2.ModelState.ValueType]
+    model_of: Callable[[str], model_pb2.Model]
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +100,11 @@ def model_proto(
         waiting_request_count=len(state.waiters),
         pinned=state.terms.pinned,
         priority=state.terms.priority,
-        group=state.terms.group,
     )
     model.source.local.path = entry.relative_path
+    _add_setup(model, entry.setup)
     if entry.facts is not None:
-        model.info.CopyFrom(_info(entry.facts))
+        model.info.CopyFrom(_info(entry.facts, entry.projector))
     if state.phase is not Phase.UNLOADED:
         model.runtime_options.CopyFrom((state.effective or state.options).to_proto())
     if worker is not None:
@@ -132,7 +155,32 @@ def _worker(worker: LiveWorker, restart_count: int) -> model_pb2.Worker:
     return proto
 
 
-def _info(facts: ModelFacts) -> model_pb2.ModelInfo:
+def logs_response(batch: LogBatch) -> pb.StreamLogsResponse:
+    """Return lines of a log as they are streamed."""
+    response = pb.StreamLogsResponse(dropped_line_count=batch.dropped_line_count)
+    for line in batch.lines:
+        added = response.lines.add(load_id=line.load_id, pid=line.pid, text=line.text)
+        added.read_time.FromNanoseconds(int(line.read_time * 1e9))
+    return response
+
+
+def _add_setup(model: model_pb2.Model, setup: ModelSetup) -> None:
+    model.origin = _ORIGINS[setup.origin]
+    if setup is DEFAULT_SETUP:
+        return
+    model.aliases.extend(setup.aliases)
+    model.tags.extend(setup.tags)
+    model.description = setup.description
+    model.group = setup.group
+    model.load_on_startup = setup.load_on_startup
+
+
+def _info(facts: ModelFacts, projector: ModelFacts | None) -> model_pb2.ModelInfo:
+    modalities = [model_pb2.MODALITY_TEXT]
+    if projector is not None and projector.has_vision_encoder:
+        modalities.append(model_pb2.MODALITY_IMAGE)
+    if projector is not None and projector.has_audio_encoder:
+        modalities.append(model_pb2.MODALITY_AUDIO)
     return model_pb2.ModelInfo(
         architecture=facts.architecture,
         quantization=facts.quantization,
@@ -143,6 +191,9 @@ def _info(facts: ModelFacts) -> model_pb2.ModelInfo:
         vocabulary_size=facts.vocabulary_size or 0,
         display_name=facts.name,
         embedding_only=facts.is_embedding_model,
+        input_modalities=modalities,
+        template_has_tools=facts.template_has_tools,
+        template_has_thinking=facts.template_has_thinking,
     )
 
 

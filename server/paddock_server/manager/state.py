@@ -158,6 +158,9 @@ class ActorState:
     next_load: NextLoad | None = None
     """A load that somebody called for while the worker was on its way out."""
 
+    outdated: Options | None = None
+    """What to load with anew once the load under way is done, because a reload has changed its options."""
+
     cause: Cause = Cause.UNLOAD
     """Why the model drains or stops; says nothing in other phases."""
 

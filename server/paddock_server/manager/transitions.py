@@ -61,6 +61,7 @@ from paddock_server.manager.messages import (
 )
 from paddock_server.manager.state import (
     AT_REST,
+    COMING_UP,
     NEVER,
     Cause,
     Phase,
@@ -169,6 +170,8 @@ def _stay_after_all(turn: Turn) -> None:
     if waiters:
         asking.grant(turn, waiters, waited=True)
     turn.do(LookAgain())
+    if state.outdated is not None:
+        turn.do(Resume())
 
 
 def _worker_ready(turn: Turn, event: WorkerReady) -> None:
@@ -194,6 +197,8 @@ def _worker_ready(turn: Turn, event: WorkerReady) -> None:
         asking.grant(turn, waiters, waited=True)
     else:
         turn.idle()
+    if state.outdated is not None:
+        turn.do(Resume())
 
 
 def _start_failed(turn: Turn, event: StartFailed) -> None:
@@ -297,14 +302,25 @@ def _timer_fired(turn: Turn, event: TimerFired) -> None:
 
 
 def _file_found(turn: Turn, event: FileFound) -> None:
+    old = turn.state.defaults
     turn.set(defaults=event.defaults, problem=event.problem, gone=False, held_until=0.0)
+    if event.reloading:
+        asking.follow_defaults(turn, old, other_file=event.other_file)
 
 
 def _file_gone(turn: Turn, event: FileGone) -> None:
-    del event
     turn.set(gone=True)
-    if turn.state.phase in AT_REST or turn.state.phase is Phase.SLEEPING:
+    phase = turn.state.phase
+    if phase in AT_REST or phase is Phase.SLEEPING:
         turn.do(Resume())
+    elif event.reloading and phase is Phase.READY:
+        turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
+    elif event.reloading and phase in COMING_UP:
+        turn.call_off(failures.model_not_found(turn.state.model))
+        if phase is Phase.STARTING:
+            turn.stop(Cause.RELOAD)
+        else:
+            turn.rest(Phase.UNLOADED, Cause.RELOAD)
 
 
 def _close_asked(turn: Turn, event: CloseAsked) -> None:
@@ -330,6 +346,8 @@ def _close_asked(turn: Turn, event: CloseAsked) -> None:
 def _resumed(turn: Turn, event: Resumed) -> None:
     del event
     state = turn.state
+    if state.phase is Phase.READY:
+        turn.catch_up()
     if state.phase is Phase.SLEEPING and state.gone:
         turn.stop(Cause.UNLOAD)
         return

@@ -73,6 +73,7 @@ class Turn:
             load_timeout_seconds=load.timeout_seconds,
             begun_at=self.now,
             next_load=None,
+            outdated=None,
             restarting=False,
             restart_count=0,
         )
@@ -130,6 +131,13 @@ class Turn:
         if self.now + seconds < self.state.drain_until:
             self.set(drain_until=self.now + seconds)
             self.do(SetTimer(Timer.DRAIN, seconds))
+
+    def catch_up(self) -> None:
+        """Load a model that is ready anew, if a reload has changed what it is to be loaded with."""
+        options = self.state.outdated
+        if options is not None:
+            self.set(next_load=NextLoad(options, explicit=self.state.explicit), outdated=None)
+            self.drain(Cause.RELOAD, self.limits.drain_seconds)
 
     def abort_leases(self, cause: Cause) -> None:
         """Stop at once; the requests that still run are aborted."""

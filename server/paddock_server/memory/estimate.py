@@ -14,7 +14,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from paddock_server.catalog import TENSOR_TYPES, TensorType, repacked_bytes
+from paddock_server.catalog import CACHE_TYPE_NAMES, TENSOR_TYPES, TensorType, repacked_bytes
 from paddock_server.memory.compute import BatchShape, compute_graph, work_bytes
 from paddock_server.memory.graph import scratch_bytes
 
@@ -27,11 +27,7 @@ RAM: Final = "RAM"
 """Name of the machine's own memory among the devices."""
 
 CACHE_TYPES: Final[Mapping[str, TensorType]] = MappingProxyType(
-    {
-        kind.name.lower(): kind
-        for kind in TENSOR_TYPES.values()
-        if kind.name in {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1"}
-    }
+    {kind.name.lower(): kind for kind in TENSOR_TYPES.values() if kind.name.lower() in CACHE_TYPE_NAMES}
 )
 """The types a cache may have, by llama-server's names."""
 

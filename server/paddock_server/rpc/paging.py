@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from bisect import bisect_right
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from paddock.errors import InvalidFieldError
@@ -10,23 +12,27 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.rpc.validate import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from paddock.v1 import model_pb2
+    from paddock_server.manager import Listing
 
 
-def page(request: pb.ListRequest, models: Sequence[model_pb2.Model], revision: int) -> pb.ListResponse:
-    """Cut the page a request asks for out of all models, ordered by id.
+def page(request: pb.ListRequest, listing: Listing) -> pb.ListResponse:
+    """Cut the page a request asks for out of all models, ordered by id. Only models on it are made.
 
     A page token holds the last id sent, so models that come and go between pages move no other model.
     """
     size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
     after = _decode(request.page_token) if request.page_token else ""
     states = frozenset(request.states)
-    rest = [model for model in models if model.id > after and (not states or model.state in states)]
-    response = pb.ListResponse(models=rest[:size], revision=revision)
-    if len(rest) > size:
-        response.next_page_token = _encode(rest[size - 1].id)
+    rest = (
+        model
+        for model in islice(listing.ids, bisect_right(listing.ids, after), None)
+        if not states or listing.state_of(model) in states
+    )
+    ids = list(islice(rest, size + 1))
+    response = pb.ListResponse(revision=listing.revision)
+    response.models.extend(listing.model_of(model) for model in ids[:size])
+    if len(ids) > size:
+        response.next_page_token = _encode(ids[size - 1])
     return response
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,6 +18,7 @@ from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.memory import MachineWatch
 from paddock_server.rpc import validate
+from paddock_server.rpc.defaults import with_defaults
 from paddock_server.rpc.estimates import devices, estimate_memory
 from paddock_server.rpc.paging import page
 from paddock_server.worker.v1 import worker_pb2
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
     from paddock_server.manager import Lease, ModelManager
+
+RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
 FEATURES: Final = ("embeddings", "estimate", "logs", "tokenize")
 """Optional features `GetServerInfo` reports."""
@@ -73,8 +76,7 @@ class ModelManagerService:
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """See `ModelManagerApi.list`."""
         validate.list_models(request)
-        models, revision = self._manager.snapshots()
-        return page(request, models, revision)
+        return page(request, self._manager.listing())
 
     async def get(self, request: pb.GetRequest) -> pb.GetResponse:
         """See `ModelManagerApi.get`."""
@@ -89,6 +91,8 @@ class ModelManagerService:
 
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """See `ModelManagerApi.generate`."""
+        asked_for = request.model
+        request = self._addressed(request)
         validate.generate(request)
         generation_id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(model=request.model, generation_id=generation_id)
@@ -96,6 +100,7 @@ class ModelManagerService:
         lease = await self._manager.acquire(
             request.model, request.autoload_policy, _seconds(request.keep_alive)
         )
+        request = with_defaults(request, self._manager.request_defaults(asked_for))
         async with lease, lease.worker.generate(request) as generation:
             structlog.contextvars.bind_contextvars(model=lease.model_id, load_id=lease.load_id)
             waiting_for_text = True
@@ -110,6 +115,7 @@ class ModelManagerService:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """See `ModelManagerApi.embed`."""
+        request = self._addressed(request)
         validate.embed(request)
         keep_alive = _seconds(request.keep_alive)
         async with await self._lease(request.model, request.autoload_policy, keep_alive) as lease:
@@ -119,6 +125,7 @@ class ModelManagerService:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """See `ModelManagerApi.tokenize`."""
+        request = self._addressed(request)
         validate.model_name(request.model)
         async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
             reply = await lease.worker.call(worker_pb2.Call(tokenize=request))
@@ -126,6 +133,7 @@ class ModelManagerService:
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """See `ModelManagerApi.detokenize`."""
+        request = self._addressed(request)
         validate.detokenize(request)
         async with await self._lease(request.model, pb.AUTOLOAD_POLICY_FAIL) as lease:
             reply = await lease.worker.call(worker_pb2.Call(detokenize=request))
@@ -162,6 +170,11 @@ class ModelManagerService:
         structlog.contextvars.bind_contextvars(model=request.model)
         return await estimate_memory(request, self._manager, self._machine)
 
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """See `ModelManagerApi.reload`."""
+        del request
+        return await self._manager.reload()
+
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """See `ModelManagerApi.get_server_info`."""
         del request
@@ -172,6 +185,16 @@ class ModelManagerService:
             features=FEATURES,
             devices=devices(await self._machine.look()),
         )
+
+    def _addressed(self, request: RequestT) -> RequestT:
+        """Give a request that names no model the default model, if there is one."""
+        default = "" if request.model else self._manager.default_model()
+        if not default:
+            return request
+        addressed = type(request)()
+        addressed.CopyFrom(request)
+        addressed.model = default
+        return addressed
 
     async def _lease(
         self, model: str, autoload_policy: pb.AutoloadPolicy.ValueType, keep_alive_seconds: float = 0.0

@@ -95,6 +95,10 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Say what a model would take in memory."""
         return await self._service.estimate_memory(request)
 
+    async def Reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:
+        """Read the configuration again."""
+        return await self._service.reload(request)
+
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """Describe the server."""
         return await self._service.get_server_info(request)

@@ -209,6 +209,124 @@ func (ArtifactState) EnumDescriptor() ([]byte, []int) {
 	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
 }
 
+// Where the server knows a model from, lowest precedence first.
+type ModelOrigin int32
+
+const (
+	// Never sent.
+	ModelOrigin_MODEL_ORIGIN_UNSPECIFIED ModelOrigin = 0
+	// The cache of the Hugging Face Hub.
+	ModelOrigin_MODEL_ORIGIN_HUB_CACHE ModelOrigin = 1
+	// A model directory.
+	ModelOrigin_MODEL_ORIGIN_MODELS_DIR ModelOrigin = 2
+	// A preset file of llama-server.
+	ModelOrigin_MODEL_ORIGIN_PRESET ModelOrigin = 3
+	// The server's own configuration file.
+	ModelOrigin_MODEL_ORIGIN_CONFIG_FILE ModelOrigin = 4
+)
+
+// Enum value maps for ModelOrigin.
+var (
+	ModelOrigin_name = map[int32]string{
+		0: "MODEL_ORIGIN_UNSPECIFIED",
+		1: "MODEL_ORIGIN_HUB_CACHE",
+		2: "MODEL_ORIGIN_MODELS_DIR",
+		3: "MODEL_ORIGIN_PRESET",
+		4: "MODEL_ORIGIN_CONFIG_FILE",
+	}
+	ModelOrigin_value = map[string]int32{
+		"MODEL_ORIGIN_UNSPECIFIED": 0,
+		"MODEL_ORIGIN_HUB_CACHE":   1,
+		"MODEL_ORIGIN_MODELS_DIR":  2,
+		"MODEL_ORIGIN_PRESET":      3,
+		"MODEL_ORIGIN_CONFIG_FILE": 4,
+	}
+)
+
+func (x ModelOrigin) Enum() *ModelOrigin {
+	p := new(ModelOrigin)
+	*p = x
+	return p
+}
+
+func (x ModelOrigin) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ModelOrigin) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_proto_enumTypes[3].Descriptor()
+}
+
+func (ModelOrigin) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_proto_enumTypes[3]
+}
+
+func (x ModelOrigin) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ModelOrigin.Descriptor instead.
+func (ModelOrigin) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
+}
+
+// A kind of input. New values may be added; skip unknown ones.
+type Modality int32
+
+const (
+	// Never sent.
+	Modality_MODALITY_UNSPECIFIED Modality = 0
+	// Text.
+	Modality_MODALITY_TEXT Modality = 1
+	// Images.
+	Modality_MODALITY_IMAGE Modality = 2
+	// Audio.
+	Modality_MODALITY_AUDIO Modality = 3
+)
+
+// Enum value maps for Modality.
+var (
+	Modality_name = map[int32]string{
+		0: "MODALITY_UNSPECIFIED",
+		1: "MODALITY_TEXT",
+		2: "MODALITY_IMAGE",
+		3: "MODALITY_AUDIO",
+	}
+	Modality_value = map[string]int32{
+		"MODALITY_UNSPECIFIED": 0,
+		"MODALITY_TEXT":        1,
+		"MODALITY_IMAGE":       2,
+		"MODALITY_AUDIO":       3,
+	}
+)
+
+func (x Modality) Enum() *Modality {
+	p := new(Modality)
+	*p = x
+	return p
+}
+
+func (x Modality) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Modality) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_proto_enumTypes[4].Descriptor()
+}
+
+func (Modality) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_proto_enumTypes[4]
+}
+
+func (x Modality) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Modality.Descriptor instead.
+func (Modality) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
+}
+
 // A model the server knows about: files it may hold, and the worker process
 // serving them when the model is loaded.
 //
@@ -253,13 +371,24 @@ type Model struct {
 	LeaseCount int32 `protobuf:"varint,15,opt,name=lease_count,json=leaseCount,proto3" json:"lease_count,omitempty"`
 	// Requests that wait for the model to be loaded.
 	WaitingRequestCount int32 `protobuf:"varint,16,opt,name=waiting_request_count,json=waitingRequestCount,proto3" json:"waiting_request_count,omitempty"`
+	// Other names requests may use as `model`. Those of one model may differ in
+	// what requests take for fields they leave unset.
+	Aliases []string `protobuf:"bytes,20,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	// Labels the configuration gives it.
+	Tags []string `protobuf:"bytes,21,rep,name=tags,proto3" json:"tags,omitempty"`
 	// Whether the model is pinned: not evicted, put to sleep or unloaded for
 	// idleness.
 	Pinned bool `protobuf:"varint,22,opt,name=pinned,proto3" json:"pinned,omitempty"`
 	// How much dearer than others it is to evict: each step doubles it.
 	Priority int32 `protobuf:"varint,23,opt,name=priority,proto3" json:"priority,omitempty"`
-	// Exclusive group: of its models only one is in memory at a time.
-	Group         string `protobuf:"bytes,27,opt,name=group,proto3" json:"group,omitempty"`
+	// Where the server knows it from: of several sources the one that counts.
+	Origin ModelOrigin `protobuf:"varint,24,opt,name=origin,proto3,enum=paddock.v1.ModelOrigin" json:"origin,omitempty"`
+	// What the configuration says it is, for a person.
+	Description string `protobuf:"bytes,26,opt,name=description,proto3" json:"description,omitempty"`
+	// Group it is in. Of an exclusive one only one model is in memory at a time.
+	Group string `protobuf:"bytes,27,opt,name=group,proto3" json:"group,omitempty"`
+	// Whether it is loaded when the server starts.
+	LoadOnStartup bool `protobuf:"varint,28,opt,name=load_on_startup,json=loadOnStartup,proto3" json:"load_on_startup,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +535,20 @@ func (x *Model) GetWaitingRequestCount() int32 {
 	return 0
 }
 
+func (x *Model) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
+func (x *Model) GetTags() []string {
+	if x != nil {
+		return x.Tags
+	}
+	return nil
+}
+
 func (x *Model) GetPinned() bool {
 	if x != nil {
 		return x.Pinned
@@ -420,11 +563,32 @@ func (x *Model) GetPriority() int32 {
 	return 0
 }
 
+func (x *Model) GetOrigin() ModelOrigin {
+	if x != nil {
+		return x.Origin
+	}
+	return ModelOrigin_MODEL_ORIGIN_UNSPECIFIED
+}
+
+func (x *Model) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
 func (x *Model) GetGroup() string {
 	if x != nil {
 		return x.Group
 	}
 	return ""
+}
+
+func (x *Model) GetLoadOnStartup() bool {
+	if x != nil {
+		return x.LoadOnStartup
+	}
+	return false
 }
 
 // What a model is charged with in the memory ledger.
@@ -826,8 +990,14 @@ type ModelInfo struct {
 	DisplayName string `protobuf:"bytes,8,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
 	// Whether the model only computes embeddings and cannot generate.
 	EmbeddingOnly bool `protobuf:"varint,9,opt,name=embedding_only,json=embeddingOnly,proto3" json:"embedding_only,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// What its files can take in: text, and with a projector more.
+	InputModalities []Modality `protobuf:"varint,10,rep,packed,name=input_modalities,json=inputModalities,proto3,enum=paddock.v1.Modality" json:"input_modalities,omitempty"`
+	// Whether the chat template shows tools to the model.
+	TemplateHasTools bool `protobuf:"varint,11,opt,name=template_has_tools,json=templateHasTools,proto3" json:"template_has_tools,omitempty"`
+	// Whether the chat template knows of thinking.
+	TemplateHasThinking bool `protobuf:"varint,12,opt,name=template_has_thinking,json=templateHasThinking,proto3" json:"template_has_thinking,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *ModelInfo) Reset() {
@@ -919,6 +1089,27 @@ func (x *ModelInfo) GetDisplayName() string {
 func (x *ModelInfo) GetEmbeddingOnly() bool {
 	if x != nil {
 		return x.EmbeddingOnly
+	}
+	return false
+}
+
+func (x *ModelInfo) GetInputModalities() []Modality {
+	if x != nil {
+		return x.InputModalities
+	}
+	return nil
+}
+
+func (x *ModelInfo) GetTemplateHasTools() bool {
+	if x != nil {
+		return x.TemplateHasTools
+	}
+	return false
+}
+
+func (x *ModelInfo) GetTemplateHasThinking() bool {
+	if x != nil {
+		return x.TemplateHasThinking
 	}
 	return false
 }
@@ -1139,7 +1330,7 @@ var File_paddock_v1_model_proto protoreflect.FileDescriptor
 const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"\x16paddock/v1/model.proto\x12\n" +
-	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x06\n" +
+	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\a\n" +
 	"\x05Model\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12,\n" +
@@ -1160,10 +1351,15 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x06memory\x18\x0e \x01(\v2\x18.paddock.v1.MemoryChargeR\x06memory\x12\x1f\n" +
 	"\vlease_count\x18\x0f \x01(\x05R\n" +
 	"leaseCount\x122\n" +
-	"\x15waiting_request_count\x18\x10 \x01(\x05R\x13waitingRequestCount\x12\x16\n" +
+	"\x15waiting_request_count\x18\x10 \x01(\x05R\x13waitingRequestCount\x12\x18\n" +
+	"\aaliases\x18\x14 \x03(\tR\aaliases\x12\x12\n" +
+	"\x04tags\x18\x15 \x03(\tR\x04tags\x12\x16\n" +
 	"\x06pinned\x18\x16 \x01(\bR\x06pinned\x12\x1a\n" +
-	"\bpriority\x18\x17 \x01(\x05R\bpriority\x12\x14\n" +
-	"\x05group\x18\x1b \x01(\tR\x05group\"\xb2\x01\n" +
+	"\bpriority\x18\x17 \x01(\x05R\bpriority\x12/\n" +
+	"\x06origin\x18\x18 \x01(\x0e2\x17.paddock.v1.ModelOriginR\x06origin\x12 \n" +
+	"\vdescription\x18\x1a \x01(\tR\vdescription\x12\x14\n" +
+	"\x05group\x18\x1b \x01(\tR\x05group\x12&\n" +
+	"\x0fload_on_startup\x18\x1c \x01(\bR\rloadOnStartup\"\xb2\x01\n" +
 	"\fMemoryCharge\x12-\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x17.paddock.v1.MemoryPhaseR\x05phase\x129\n" +
 	"\x05bytes\x18\x02 \x03(\v2#.paddock.v1.MemoryCharge.BytesEntryR\x05bytes\x1a8\n" +
@@ -1200,7 +1396,7 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\r_thread_countB\x14\n" +
 	"\x12_batch_size_tokensB\x0f\n" +
 	"\r_cache_type_kB\x0f\n" +
-	"\r_cache_type_v\"\x8d\x03\n" +
+	"\r_cache_type_v\"\xb0\x04\n" +
 	"\tModelInfo\x12\"\n" +
 	"\farchitecture\x18\x01 \x01(\tR\farchitecture\x12\"\n" +
 	"\fquantization\x18\x02 \x01(\tR\fquantization\x12'\n" +
@@ -1210,7 +1406,11 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x11has_chat_template\x18\x06 \x01(\bR\x0fhasChatTemplate\x12'\n" +
 	"\x0fvocabulary_size\x18\a \x01(\x05R\x0evocabularySize\x12!\n" +
 	"\fdisplay_name\x18\b \x01(\tR\vdisplayName\x12%\n" +
-	"\x0eembedding_only\x18\t \x01(\bR\rembeddingOnly\"\xe9\x02\n" +
+	"\x0eembedding_only\x18\t \x01(\bR\rembeddingOnly\x12?\n" +
+	"\x10input_modalities\x18\n" +
+	" \x03(\x0e2\x14.paddock.v1.ModalityR\x0finputModalities\x12,\n" +
+	"\x12template_has_tools\x18\v \x01(\bR\x10templateHasTools\x122\n" +
+	"\x15template_has_thinking\x18\f \x01(\bR\x13templateHasThinking\"\xe9\x02\n" +
 	"\x06Worker\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x129\n" +
 	"\n" +
@@ -1252,7 +1452,18 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x1aARTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15ARTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n" +
 	"\x1aARTIFACT_STATE_DOWNLOADING\x10\x02\x12\x1d\n" +
-	"\x19ARTIFACT_STATE_DOWNLOADED\x10\x03B\xa7\x01\n" +
+	"\x19ARTIFACT_STATE_DOWNLOADED\x10\x03*\x9b\x01\n" +
+	"\vModelOrigin\x12\x1c\n" +
+	"\x18MODEL_ORIGIN_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16MODEL_ORIGIN_HUB_CACHE\x10\x01\x12\x1b\n" +
+	"\x17MODEL_ORIGIN_MODELS_DIR\x10\x02\x12\x17\n" +
+	"\x13MODEL_ORIGIN_PRESET\x10\x03\x12\x1c\n" +
+	"\x18MODEL_ORIGIN_CONFIG_FILE\x10\x04*_\n" +
+	"\bModality\x12\x18\n" +
+	"\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rMODALITY_TEXT\x10\x01\x12\x12\n" +
+	"\x0eMODALITY_IMAGE\x10\x02\x12\x12\n" +
+	"\x0eMODALITY_AUDIO\x10\x03B\xa7\x01\n" +
 	"\x0ecom.paddock.v1B\n" +
 	"ModelProtoP\x01Z@github.com/paddock-serve/paddock/clients/go/paddock/v1;paddockv1\xa2\x02\x03PXX\xaa\x02\n" +
 	"Paddock.V1\xca\x02\n" +
@@ -1270,52 +1481,56 @@ func file_paddock_v1_model_proto_rawDescGZIP() []byte {
 	return file_paddock_v1_model_proto_rawDescData
 }
 
-var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
 var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_paddock_v1_model_proto_goTypes = []any{
 	(ModelState)(0),               // 0: paddock.v1.ModelState
 	(MemoryPhase)(0),              // 1: paddock.v1.MemoryPhase
 	(ArtifactState)(0),            // 2: paddock.v1.ArtifactState
-	(*Model)(nil),                 // 3: paddock.v1.Model
-	(*MemoryCharge)(nil),          // 4: paddock.v1.MemoryCharge
-	(*ModelSource)(nil),           // 5: paddock.v1.ModelSource
-	(*HuggingFaceSource)(nil),     // 6: paddock.v1.HuggingFaceSource
-	(*LocalSource)(nil),           // 7: paddock.v1.LocalSource
-	(*RuntimeOptions)(nil),        // 8: paddock.v1.RuntimeOptions
-	(*ModelInfo)(nil),             // 9: paddock.v1.ModelInfo
-	(*Worker)(nil),                // 10: paddock.v1.Worker
-	(*Failure)(nil),               // 11: paddock.v1.Failure
-	nil,                           // 12: paddock.v1.MemoryCharge.BytesEntry
-	nil,                           // 13: paddock.v1.Failure.MetadataEntry
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
+	(ModelOrigin)(0),              // 3: paddock.v1.ModelOrigin
+	(Modality)(0),                 // 4: paddock.v1.Modality
+	(*Model)(nil),                 // 5: paddock.v1.Model
+	(*MemoryCharge)(nil),          // 6: paddock.v1.MemoryCharge
+	(*ModelSource)(nil),           // 7: paddock.v1.ModelSource
+	(*HuggingFaceSource)(nil),     // 8: paddock.v1.HuggingFaceSource
+	(*LocalSource)(nil),           // 9: paddock.v1.LocalSource
+	(*RuntimeOptions)(nil),        // 10: paddock.v1.RuntimeOptions
+	(*ModelInfo)(nil),             // 11: paddock.v1.ModelInfo
+	(*Worker)(nil),                // 12: paddock.v1.Worker
+	(*Failure)(nil),               // 13: paddock.v1.Failure
+	nil,                           // 14: paddock.v1.MemoryCharge.BytesEntry
+	nil,                           // 15: paddock.v1.Failure.MetadataEntry
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
 }
 var file_paddock_v1_model_proto_depIdxs = []int32{
-	5,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
+	7,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
 	0,  // 1: paddock.v1.Model.state:type_name -> paddock.v1.ModelState
 	2,  // 2: paddock.v1.Model.artifact_state:type_name -> paddock.v1.ArtifactState
-	8,  // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	9,  // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
-	10, // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
-	11, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
-	14, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
-	14, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
-	14, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: paddock.v1.Model.memory:type_name -> paddock.v1.MemoryCharge
-	1,  // 11: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
-	12, // 12: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
-	6,  // 13: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
-	7,  // 14: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
-	15, // 15: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
-	15, // 16: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
-	14, // 17: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
-	13, // 18: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
-	14, // 19: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	10, // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	11, // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
+	12, // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
+	13, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
+	16, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
+	16, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
+	16, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
+	6,  // 10: paddock.v1.Model.memory:type_name -> paddock.v1.MemoryCharge
+	3,  // 11: paddock.v1.Model.origin:type_name -> paddock.v1.ModelOrigin
+	1,  // 12: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
+	14, // 13: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
+	8,  // 14: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
+	9,  // 15: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
+	17, // 16: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
+	17, // 17: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
+	4,  // 18: paddock.v1.ModelInfo.input_modalities:type_name -> paddock.v1.Modality
+	16, // 19: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
+	15, // 20: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
+	16, // 21: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_proto_init() }
@@ -1334,7 +1549,7 @@ func file_paddock_v1_model_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_proto_rawDesc), len(file_paddock_v1_model_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      5,
 			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,

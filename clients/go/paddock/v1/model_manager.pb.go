@@ -4169,6 +4169,198 @@ func (x *DeviceMemory) GetHeldBytes() int64 {
 	return 0
 }
 
+// Request of `Reload`.
+type ReloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadRequest) Reset() {
+	*x = ReloadRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadRequest) ProtoMessage() {}
+
+func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
+func (*ReloadRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{56}
+}
+
+// Response of `Reload`. Models are named by their ids, in order.
+type ReloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Models that are new.
+	Added []string `protobuf:"bytes,1,rep,name=added,proto3" json:"added,omitempty"`
+	// Models whose file, options, names or other settings are others.
+	Changed []string `protobuf:"bytes,2,rep,name=changed,proto3" json:"changed,omitempty"`
+	// Models that are there no longer.
+	Removed []string `protobuf:"bytes,3,rep,name=removed,proto3" json:"removed,omitempty"`
+	// Models that are as they were.
+	UnchangedCount int32 `protobuf:"varint,4,opt,name=unchanged_count,json=unchangedCount,proto3" json:"unchanged_count,omitempty"`
+	// What was left out of the files.
+	Problems      []*ConfigProblem `protobuf:"bytes,5,rep,name=problems,proto3" json:"problems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadResponse) Reset() {
+	*x = ReloadResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadResponse) ProtoMessage() {}
+
+func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
+func (*ReloadResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *ReloadResponse) GetAdded() []string {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetChanged() []string {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetUnchangedCount() int32 {
+	if x != nil {
+		return x.UnchangedCount
+	}
+	return 0
+}
+
+func (x *ReloadResponse) GetProblems() []*ConfigProblem {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+// Something wrong in a configuration file.
+type ConfigProblem struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The file.
+	File string `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	// Line in it, from 1; 0 where the file as a whole is meant.
+	Line int32 `protobuf:"varint,2,opt,name=line,proto3" json:"line,omitempty"`
+	// Dotted name of the key.
+	Key string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// What is wrong and what would be right.
+	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfigProblem) Reset() {
+	*x = ConfigProblem{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfigProblem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfigProblem) ProtoMessage() {}
+
+func (x *ConfigProblem) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfigProblem.ProtoReflect.Descriptor instead.
+func (*ConfigProblem) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ConfigProblem) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *ConfigProblem) GetLine() int32 {
+	if x != nil {
+		return x.Line
+	}
+	return 0
+}
+
+func (x *ConfigProblem) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ConfigProblem) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 // Request of `GetServerInfo`.
 type GetServerInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4178,7 +4370,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4190,7 +4382,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4203,7 +4395,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{56}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{59}
 }
 
 // Response of `GetServerInfo`.
@@ -4227,7 +4419,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4239,7 +4431,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4252,7 +4444,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{57}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -4306,7 +4498,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4318,7 +4510,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4331,7 +4523,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{58}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -4603,7 +4795,19 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\fneeded_bytes\x18\x02 \x01(\x03R\vneededBytes\x12!\n" +
 	"\fbudget_bytes\x18\x03 \x01(\x03R\vbudgetBytes\x12\x1d\n" +
 	"\n" +
-	"held_bytes\x18\x04 \x01(\x03R\theldBytes\"\x16\n" +
+	"held_bytes\x18\x04 \x01(\x03R\theldBytes\"\x0f\n" +
+	"\rReloadRequest\"\xba\x01\n" +
+	"\x0eReloadResponse\x12\x14\n" +
+	"\x05added\x18\x01 \x03(\tR\x05added\x12\x18\n" +
+	"\achanged\x18\x02 \x03(\tR\achanged\x12\x18\n" +
+	"\aremoved\x18\x03 \x03(\tR\aremoved\x12'\n" +
+	"\x0funchanged_count\x18\x04 \x01(\x05R\x0eunchangedCount\x125\n" +
+	"\bproblems\x18\x05 \x03(\v2\x19.paddock.v1.ConfigProblemR\bproblems\"c\n" +
+	"\rConfigProblem\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x12\n" +
+	"\x04line\x18\x02 \x01(\x05R\x04line\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"\x16\n" +
 	"\x14GetServerInfoRequest\"\xd7\x01\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1f\n" +
@@ -4657,7 +4861,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xcd\t\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\x8e\n" +
+	"\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
 	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12<\n" +
@@ -4676,7 +4881,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"StreamLogs\x12\x1d.paddock.v1.StreamLogsRequest\x1a\x1e.paddock.v1.StreamLogsResponse0\x01\x12G\n" +
 	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12?\n" +
 	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12\\\n" +
-	"\x0eEstimateMemory\x12!.paddock.v1.EstimateMemoryRequest\x1a\".paddock.v1.EstimateMemoryResponse\"\x03\x90\x02\x01\x12Y\n" +
+	"\x0eEstimateMemory\x12!.paddock.v1.EstimateMemoryRequest\x1a\".paddock.v1.EstimateMemoryResponse\"\x03\x90\x02\x01\x12?\n" +
+	"\x06Reload\x12\x19.paddock.v1.ReloadRequest\x1a\x1a.paddock.v1.ReloadResponse\x12Y\n" +
 	"\rGetServerInfo\x12 .paddock.v1.GetServerInfoRequest\x1a!.paddock.v1.GetServerInfoResponse\"\x03\x90\x02\x01B\xae\x01\n" +
 	"\x0ecom.paddock.v1B\x11ModelManagerProtoP\x01Z@github.com/paddock-serve/paddock/clients/go/paddock/v1;paddockv1\xa2\x02\x03PXX\xaa\x02\n" +
 	"Paddock.V1\xca\x02\n" +
@@ -4695,7 +4901,7 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                     // 0: paddock.v1.Stage
 	(MemoryPartKind)(0),            // 1: paddock.v1.MemoryPartKind
@@ -4759,72 +4965,75 @@ var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(*EstimateMemoryResponse)(nil), // 59: paddock.v1.EstimateMemoryResponse
 	(*MemoryPart)(nil),             // 60: paddock.v1.MemoryPart
 	(*DeviceMemory)(nil),           // 61: paddock.v1.DeviceMemory
-	(*GetServerInfoRequest)(nil),   // 62: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil),  // 63: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                 // 64: paddock.v1.Device
-	nil,                            // 65: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),            // 66: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),         // 67: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),    // 68: google.protobuf.Duration
-	(*Model)(nil),                  // 69: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil),  // 70: google.protobuf.Timestamp
-	(*Failure)(nil),                // 71: paddock.v1.Failure
-	(ModelState)(0),                // 72: paddock.v1.ModelState
-	(*ChatInput)(nil),              // 73: paddock.v1.ChatInput
-	(*TokenInput)(nil),             // 74: paddock.v1.TokenInput
-	(*SamplingParams)(nil),         // 75: paddock.v1.SamplingParams
-	(*StopParams)(nil),             // 76: paddock.v1.StopParams
-	(*OutputConstraint)(nil),       // 77: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),          // 78: paddock.v1.LogprobParams
-	(*Delta)(nil),                  // 79: paddock.v1.Delta
-	(*Usage)(nil),                  // 80: paddock.v1.Usage
-	(*Timings)(nil),                // 81: paddock.v1.Timings
+	(*ReloadRequest)(nil),          // 62: paddock.v1.ReloadRequest
+	(*ReloadResponse)(nil),         // 63: paddock.v1.ReloadResponse
+	(*ConfigProblem)(nil),          // 64: paddock.v1.ConfigProblem
+	(*GetServerInfoRequest)(nil),   // 65: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil),  // 66: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                 // 67: paddock.v1.Device
+	nil,                            // 68: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),            // 69: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),         // 70: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),    // 71: google.protobuf.Duration
+	(*Model)(nil),                  // 72: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil),  // 73: google.protobuf.Timestamp
+	(*Failure)(nil),                // 74: paddock.v1.Failure
+	(ModelState)(0),                // 75: paddock.v1.ModelState
+	(*ChatInput)(nil),              // 76: paddock.v1.ChatInput
+	(*TokenInput)(nil),             // 77: paddock.v1.TokenInput
+	(*SamplingParams)(nil),         // 78: paddock.v1.SamplingParams
+	(*StopParams)(nil),             // 79: paddock.v1.StopParams
+	(*OutputConstraint)(nil),       // 80: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),          // 81: paddock.v1.LogprobParams
+	(*Delta)(nil),                  // 82: paddock.v1.Delta
+	(*Usage)(nil),                  // 83: paddock.v1.Usage
+	(*Timings)(nil),                // 84: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	66, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	67, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	69, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	70, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	3,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	68, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	71, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
 	9,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
 	8,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	69, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	68, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	72, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	71, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	70, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	73, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
 	10, // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
 	11, // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
 	12, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
 	13, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	68, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	71, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	71, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	74, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
 	4,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	68, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	69, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	69, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
-	69, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
-	72, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	69, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	69, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	71, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	72, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	72, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
+	72, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
+	75, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	72, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	72, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
 	26, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
 	27, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
 	28, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	69, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	72, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	73, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	74, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	75, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	76, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	77, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	78, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	72, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	75, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	76, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	77, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	78, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	79, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	80, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	81, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
 	5,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	68, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
+	71, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
 	33, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
 	32, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
 	34, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
 	31, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	79, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	80, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	81, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	82, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	83, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	84, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
 	36, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
 	37, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
 	38, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
@@ -4833,66 +5042,69 @@ var file_paddock_v1_model_manager_proto_depIdxs = []int32{
 	41, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
 	30, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
 	42, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	65, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	68, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
 	43, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	68, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	71, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
 	5,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	68, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
+	71, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
 	46, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	80, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	83, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
 	53, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	70, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	66, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	73, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	69, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
 	9,  // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	69, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	66, // 64: paddock.v1.EstimateMemoryRequest.source:type_name -> paddock.v1.ModelSource
-	67, // 65: paddock.v1.EstimateMemoryRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	72, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	69, // 64: paddock.v1.EstimateMemoryRequest.source:type_name -> paddock.v1.ModelSource
+	70, // 65: paddock.v1.EstimateMemoryRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	60, // 66: paddock.v1.EstimateMemoryResponse.parts:type_name -> paddock.v1.MemoryPart
 	61, // 67: paddock.v1.EstimateMemoryResponse.devices:type_name -> paddock.v1.DeviceMemory
 	2,  // 68: paddock.v1.EstimateMemoryResponse.verdict:type_name -> paddock.v1.MemoryVerdict
-	67, // 69: paddock.v1.EstimateMemoryResponse.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	70, // 69: paddock.v1.EstimateMemoryResponse.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	1,  // 70: paddock.v1.MemoryPart.kind:type_name -> paddock.v1.MemoryPartKind
-	70, // 71: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	64, // 72: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	6,  // 73: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	14, // 74: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	16, // 75: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
-	18, // 76: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
-	20, // 77: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	22, // 78: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	24, // 79: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	29, // 80: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	35, // 81: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	44, // 82: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	47, // 83: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	49, // 84: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	51, // 85: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	54, // 86: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	56, // 87: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	58, // 88: paddock.v1.ModelManager.EstimateMemory:input_type -> paddock.v1.EstimateMemoryRequest
-	62, // 89: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	7,  // 90: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	15, // 91: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	17, // 92: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
-	19, // 93: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
-	21, // 94: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	23, // 95: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	25, // 96: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	30, // 97: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	40, // 98: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	45, // 99: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	48, // 100: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	50, // 101: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	52, // 102: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	55, // 103: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	57, // 104: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	59, // 105: paddock.v1.ModelManager.EstimateMemory:output_type -> paddock.v1.EstimateMemoryResponse
-	63, // 106: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	90, // [90:107] is the sub-list for method output_type
-	73, // [73:90] is the sub-list for method input_type
-	73, // [73:73] is the sub-list for extension type_name
-	73, // [73:73] is the sub-list for extension extendee
-	0,  // [0:73] is the sub-list for field type_name
+	64, // 71: paddock.v1.ReloadResponse.problems:type_name -> paddock.v1.ConfigProblem
+	73, // 72: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	67, // 73: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	6,  // 74: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	14, // 75: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	16, // 76: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
+	18, // 77: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
+	20, // 78: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	22, // 79: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	24, // 80: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	29, // 81: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	35, // 82: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	44, // 83: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	47, // 84: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	49, // 85: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	51, // 86: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	54, // 87: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	56, // 88: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	58, // 89: paddock.v1.ModelManager.EstimateMemory:input_type -> paddock.v1.EstimateMemoryRequest
+	62, // 90: paddock.v1.ModelManager.Reload:input_type -> paddock.v1.ReloadRequest
+	65, // 91: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	7,  // 92: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	15, // 93: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	17, // 94: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
+	19, // 95: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
+	21, // 96: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	23, // 97: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	25, // 98: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	30, // 99: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	40, // 100: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	45, // 101: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	48, // 102: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	50, // 103: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	52, // 104: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	55, // 105: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	57, // 106: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	59, // 107: paddock.v1.ModelManager.EstimateMemory:output_type -> paddock.v1.EstimateMemoryResponse
+	63, // 108: paddock.v1.ModelManager.Reload:output_type -> paddock.v1.ReloadResponse
+	66, // 109: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	92, // [92:110] is the sub-list for method output_type
+	74, // [74:92] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -4948,7 +5160,7 @@ func file_paddock_v1_model_manager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   60,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -35,6 +35,7 @@ const (
 	ModelManager_Download_FullMethodName       = "/paddock.v1.ModelManager/Download"
 	ModelManager_Delete_FullMethodName         = "/paddock.v1.ModelManager/Delete"
 	ModelManager_EstimateMemory_FullMethodName = "/paddock.v1.ModelManager/EstimateMemory"
+	ModelManager_Reload_FullMethodName         = "/paddock.v1.ModelManager/Reload"
 	ModelManager_GetServerInfo_FullMethodName  = "/paddock.v1.ModelManager/GetServerInfo"
 )
 
@@ -154,6 +155,13 @@ type ModelManagerClient interface {
 	// Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
 	// cannot be loaded.
 	EstimateMemory(ctx context.Context, in *EstimateMemoryRequest, opts ...grpc.CallOption) (*EstimateMemoryResponse, error)
+	// Reads the configuration files and the model directories again and takes
+	// over what changed. A model whose file or load options changed is drained
+	// and loaded anew; everything else of it changes in place.
+	//
+	// Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+	// validate; nothing has changed then.
+	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
 	// Describes the server.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 }
@@ -374,6 +382,16 @@ func (c *modelManagerClient) EstimateMemory(ctx context.Context, in *EstimateMem
 	return out, nil
 }
 
+func (c *modelManagerClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReloadResponse)
+	err := c.cc.Invoke(ctx, ModelManager_Reload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *modelManagerClient) GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetServerInfoResponse)
@@ -500,6 +518,13 @@ type ModelManagerServer interface {
 	// Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
 	// cannot be loaded.
 	EstimateMemory(context.Context, *EstimateMemoryRequest) (*EstimateMemoryResponse, error)
+	// Reads the configuration files and the model directories again and takes
+	// over what changed. A model whose file or load options changed is drained
+	// and loaded anew; everything else of it changes in place.
+	//
+	// Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+	// validate; nothing has changed then.
+	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
 	// Describes the server.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	mustEmbedUnimplementedModelManagerServer()
@@ -559,6 +584,9 @@ func (UnimplementedModelManagerServer) Delete(context.Context, *DeleteRequest) (
 }
 func (UnimplementedModelManagerServer) EstimateMemory(context.Context, *EstimateMemoryRequest) (*EstimateMemoryResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EstimateMemory not implemented")
+}
+func (UnimplementedModelManagerServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
 }
 func (UnimplementedModelManagerServer) GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetServerInfo not implemented")
@@ -826,6 +854,24 @@ func _ModelManager_EstimateMemory_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ModelManager_Reload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).Reload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_Reload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).Reload(ctx, req.(*ReloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ModelManager_GetServerInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetServerInfoRequest)
 	if err := dec(in); err != nil {
@@ -890,6 +936,10 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "EstimateMemory",
 			Handler:    _ModelManager_EstimateMemory_Handler,
+		},
+		{
+			MethodName: "Reload",
+			Handler:    _ModelManager_Reload_Handler,
 		},
 		{
 			MethodName: "GetServerInfo",

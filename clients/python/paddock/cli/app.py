@@ -38,6 +38,8 @@ _SERVING, _TALKING, _MODELS, _OTHER = "Serve", "Talk", "Models", "Other"
 app.command(rich_help_panel=_SERVING)(daemons.up)
 app.command(rich_help_panel=_SERVING)(daemons.serve)
 app.command(rich_help_panel=_SERVING)(daemons.gateway)
+app.command("check-config", rich_help_panel=_SERVING)(daemons.check_config)
+app.command(rich_help_panel=_SERVING)(models.reload)
 app.command(rich_help_panel=_TALKING)(talk.run)
 app.command(rich_help_panel=_TALKING)(talk.chat)
 for command in (

@@ -54,6 +54,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
             help="Directory of GGUF files; can be repeated. Without: the demo model and a default one.",
         ),
     ],
+    "models_preset": Annotated[
+        Path | None, typer.Option(metavar="FILE", help="llama-server's INI file about models.")
+    ],
     "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
     "models_autoload": Annotated[
         bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")
@@ -141,6 +144,22 @@ def _with_flags(command: Callable[..., None], shared_flags: Mapping[str, Any]) -
         [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
     )
     return typed
+
+
+_CATALOG_FLAGS: Final = {name: SERVER_FLAGS[name] for name in ("models_dir", "models_preset")}
+
+
+@with_flags(_CATALOG_FLAGS)
+def check_config(flags: Mapping[str, object], config: ConfigOption = None) -> None:
+    """Check the configuration without starting a server; exit code 1 when something is wrong."""
+    with require_extras("check-config", "server"):
+        from paddock_server.checking import problems
+    found = problems(flags, config)
+    for problem in found:
+        output.write(f"{problem}\n")
+    if found:
+        raise typer.Exit(ExitCode.FAILED)
+    note("The configuration is sound.")
 
 
 @with_flags({**SERVER_FLAGS, **HTTP_FLAGS})

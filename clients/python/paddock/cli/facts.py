@@ -7,7 +7,7 @@ from datetime import datetime
 from rich.text import Text
 
 from paddock.cli.output import ago_text, bytes_text, count_text, seconds_text, state_text
-from paddock.types import HuggingFaceSource, Model, ModelSource, RuntimeOptions
+from paddock.types import HuggingFaceSource, Model, ModelOrigin, ModelSource, RuntimeOptions
 
 Fact = tuple[str, str | Text]
 
@@ -16,12 +16,28 @@ def facts(model: Model, now: datetime | None = None) -> list[Fact]:
     """Return names and values, in the order they are shown."""
     return [
         ("Model", model.id),
+        *_names(model),
         ("State", state_text(model.state)),
         ("Files", f"{_source(model.source)}, {bytes_text(model.size_bytes)}, {model.artifact_state}"),
         *_info(model),
         *_running(model, now),
         *_failure(model, now),
     ]
+
+
+def _names(model: Model) -> list[Fact]:
+    """Return what the configuration says, as far as it says anything."""
+    facts = [
+        ("Description", model.description),
+        ("Aliases", ", ".join(model.aliases)),
+        ("Tags", ", ".join(model.tags)),
+        ("Group", model.group),
+        ("Priority", str(model.priority) if model.priority else ""),
+        ("Kept", "pinned" if model.pinned else ""),
+        ("Loaded at the start", "yes" if model.load_on_startup else ""),
+        ("Known from", "" if model.origin is ModelOrigin.UNKNOWN else model.origin.replace("_", " ")),
+    ]
+    return [(name, value) for name, value in facts if value]
 
 
 def _source(source: ModelSource | None) -> str:

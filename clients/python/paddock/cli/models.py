@@ -1,4 +1,4 @@
-"""Commands about models: ls, ps, show, load, unload, sleep, wake, pin, logs, tokenize."""
+"""Commands about models: ls, ps, show, load, unload, sleep, wake, pin, reload, logs, tokenize."""
 
 from __future__ import annotations
 
@@ -204,6 +204,20 @@ def pin(
     """Keep a model from being evicted, put to sleep or unloaded for idleness."""
     pinned = call(server, lambda client: client.pin(model, pinned=not off))
     note(f"{pinned.id} is pinned." if pinned.pinned else f"{pinned.id} is not pinned.")
+
+
+def reload(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+    """Have the server read its configuration files and model directories again."""
+    reloaded = call(server, lambda client: client.reload())
+    if as_json:
+        write_json(reloaded, indent=2)
+        return
+    for problem in reloaded.problems:
+        note(f"{problem.file}:{problem.line}: {problem.key}: {problem.message}")
+    for what in ("added", "changed", "removed"):
+        for model in getattr(reloaded, what):
+            output.write(f"{what}\t{model}\n")
+    note(f"{reloaded.unchanged_count} models are as they were.")
 
 
 def logs(

@@ -124,6 +124,11 @@ class ModelManagerStub(object):
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.SerializeToString,
                 response_deserializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/paddock.v1.ModelManager/Reload',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.ReloadResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/paddock.v1.ModelManager/GetServerInfo',
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.GetServerInfoRequest.SerializeToString,
@@ -325,6 +330,18 @@ class ModelManagerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Reads the configuration files and the model directories again and takes
+        over what changed. A model whose file or load options changed is drained
+        and loaded anew; everything else of it changes in place.
+
+        Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+        validate; nothing has changed then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Describes the server.
         """
@@ -414,6 +431,11 @@ def add_ModelManagerServicer_to_server(servicer, server):
                     servicer.EstimateMemory,
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.FromString,
                     response_serializer=paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.ReloadRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.ReloadResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -863,6 +885,33 @@ class ModelManager(object):
             '/paddock.v1.ModelManager/EstimateMemory',
             paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryRequest.SerializeToString,
             paddock_dot_v1_dot_model__manager__pb2.EstimateMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paddock.v1.ModelManager/Reload',
+            paddock_dot_v1_dot_model__manager__pb2.ReloadRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.ReloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -155,6 +155,14 @@ class ModelManagerStub:
     Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
     cannot be loaded.
     """
+    Reload: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.ReloadRequest, _model_manager_pb2.ReloadResponse]
+    """Reads the configuration files and the model directories again and takes
+    over what changed. A model whose file or load options changed is drained
+    and loaded anew; everything else of it changes in place.
+
+    Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+    validate; nothing has changed then.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]
     """Describes the server."""
 
@@ -284,6 +292,14 @@ class ModelManagerAsyncStub(ModelManagerStub):
 
     Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
     cannot be loaded.
+    """
+    Reload: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.ReloadRequest, _model_manager_pb2.ReloadResponse]  # type: ignore[assignment]
+    """Reads the configuration files and the model directories again and takes
+    over what changed. A model whose file or load options changed is drained
+    and loaded anew; everything else of it changes in place.
+
+    Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+    validate; nothing has changed then.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.GetServerInfoRequest, _model_manager_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Describes the server."""
@@ -507,6 +523,20 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
 
         Common errors: `NOT_FOUND` unknown model; `FAILED_PRECONDITION` its file
         cannot be loaded.
+        """
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _model_manager_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.ReloadResponse, _abc.Awaitable[_model_manager_pb2.ReloadResponse]]:
+        """Reads the configuration files and the model directories again and takes
+        over what changed. A model whose file or load options changed is drained
+        and loaded anew; everything else of it changes in place.
+
+        Common errors: `FAILED_PRECONDITION` with `INVALID_CONFIG` a file does not
+        validate; nothing has changed then.
         """
 
     @_abc_1.abstractmethod

@@ -125,6 +125,66 @@ ARTIFACT_STATE_DOWNLOADED: ArtifactState.ValueType  # 3
 """Complete and verified."""
 Global___ArtifactState: _TypeAlias = ArtifactState  # noqa: Y015
 
+class _ModelOrigin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelOrigin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_ORIGIN_UNSPECIFIED: _ModelOrigin.ValueType  # 0
+    """Never sent."""
+    MODEL_ORIGIN_HUB_CACHE: _ModelOrigin.ValueType  # 1
+    """The cache of the Hugging Face Hub."""
+    MODEL_ORIGIN_MODELS_DIR: _ModelOrigin.ValueType  # 2
+    """A model directory."""
+    MODEL_ORIGIN_PRESET: _ModelOrigin.ValueType  # 3
+    """A preset file of llama-server."""
+    MODEL_ORIGIN_CONFIG_FILE: _ModelOrigin.ValueType  # 4
+    """The server's own configuration file."""
+
+class ModelOrigin(_ModelOrigin, metaclass=_ModelOriginEnumTypeWrapper):
+    """Where the server knows a model from, lowest precedence first."""
+
+MODEL_ORIGIN_UNSPECIFIED: ModelOrigin.ValueType  # 0
+"""Never sent."""
+MODEL_ORIGIN_HUB_CACHE: ModelOrigin.ValueType  # 1
+"""The cache of the Hugging Face Hub."""
+MODEL_ORIGIN_MODELS_DIR: ModelOrigin.ValueType  # 2
+"""A model directory."""
+MODEL_ORIGIN_PRESET: ModelOrigin.ValueType  # 3
+"""A preset file of llama-server."""
+MODEL_ORIGIN_CONFIG_FILE: ModelOrigin.ValueType  # 4
+"""The server's own configuration file."""
+Global___ModelOrigin: _TypeAlias = ModelOrigin  # noqa: Y015
+
+class _Modality:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModalityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Modality.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODALITY_UNSPECIFIED: _Modality.ValueType  # 0
+    """Never sent."""
+    MODALITY_TEXT: _Modality.ValueType  # 1
+    """Text."""
+    MODALITY_IMAGE: _Modality.ValueType  # 2
+    """Images."""
+    MODALITY_AUDIO: _Modality.ValueType  # 3
+    """Audio."""
+
+class Modality(_Modality, metaclass=_ModalityEnumTypeWrapper):
+    """A kind of input. New values may be added; skip unknown ones."""
+
+MODALITY_UNSPECIFIED: Modality.ValueType  # 0
+"""Never sent."""
+MODALITY_TEXT: Modality.ValueType  # 1
+"""Text."""
+MODALITY_IMAGE: Modality.ValueType  # 2
+"""Images."""
+MODALITY_AUDIO: Modality.ValueType  # 3
+"""Audio."""
+Global___Modality: _TypeAlias = Modality  # noqa: Y015
+
 @_typing.final
 class Model(_message.Message):
     """A model the server knows about: files it may hold, and the worker process
@@ -151,9 +211,14 @@ class Model(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     LEASE_COUNT_FIELD_NUMBER: _builtins.int
     WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    LOAD_ON_STARTUP_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identifier used as `model` in every request, for example
     `qwen2.5-7b-instruct-q4_k_m`. Stable for the lifetime of the model.
@@ -180,8 +245,14 @@ class Model(_message.Message):
     """
     priority: _builtins.int
     """How much dearer than others it is to evict: each step doubles it."""
+    origin: Global___ModelOrigin.ValueType
+    """Where the server knows it from: of several sources the one that counts."""
+    description: _builtins.str
+    """What the configuration says it is, for a person."""
     group: _builtins.str
-    """Exclusive group: of its models only one is in memory at a time."""
+    """Group it is in. Of an exclusive one only one model is in memory at a time."""
+    load_on_startup: _builtins.bool
+    """Whether it is loaded when the server starts."""
     @_builtins.property
     def source(self) -> Global___ModelSource:
         """Where the files come from."""
@@ -224,6 +295,16 @@ class Model(_message.Message):
         reserved for it.
         """
 
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names requests may use as `model`. Those of one model may differ in
+        what requests take for fields they leave unset.
+        """
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels the configuration gives it."""
+
     def __init__(
         self,
         *,
@@ -243,13 +324,18 @@ class Model(_message.Message):
         memory: Global___MemoryCharge | None = ...,
         lease_count: _builtins.int = ...,
         waiting_request_count: _builtins.int = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
         pinned: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        origin: Global___ModelOrigin.ValueType = ...,
+        description: _builtins.str = ...,
         group: _builtins.str = ...,
+        load_on_startup: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "memory", b"memory", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_state", b"artifact_state", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_time", b"load_time", "memory", b"memory", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "artifact_state", b"artifact_state", "description", b"description", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_on_startup", b"load_on_startup", "load_time", b"load_time", "memory", b"memory", "origin", b"origin", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "tags", b"tags", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,6 +588,9 @@ class ModelInfo(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     EMBEDDING_ONLY_FIELD_NUMBER: _builtins.int
+    INPUT_MODALITIES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_HAS_TOOLS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_HAS_THINKING_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """Architecture name from the GGUF header, for example `qwen2`."""
     quantization: _builtins.str
@@ -520,6 +609,14 @@ class ModelInfo(_message.Message):
     """Name the file gives itself."""
     embedding_only: _builtins.bool
     """Whether the model only computes embeddings and cannot generate."""
+    template_has_tools: _builtins.bool
+    """Whether the chat template shows tools to the model."""
+    template_has_thinking: _builtins.bool
+    """Whether the chat template knows of thinking."""
+    @_builtins.property
+    def input_modalities(self) -> _containers.RepeatedScalarFieldContainer[Global___Modality.ValueType]:
+        """What its files can take in: text, and with a projector more."""
+
     def __init__(
         self,
         *,
@@ -532,10 +629,13 @@ class ModelInfo(_message.Message):
         vocabulary_size: _builtins.int = ...,
         display_name: _builtins.str = ...,
         embedding_only: _builtins.bool = ...,
+        input_modalities: _abc.Iterable[Global___Modality.ValueType] | None = ...,
+        template_has_tools: _builtins.bool = ...,
+        template_has_thinking: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "display_name", b"display_name", "embedding_dimension_count", b"embedding_dimension_count", "embedding_only", b"embedding_only", "has_chat_template", b"has_chat_template", "parameter_count", b"parameter_count", "quantization", b"quantization", "trained_context_tokens", b"trained_context_tokens", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "display_name", b"display_name", "embedding_dimension_count", b"embedding_dimension_count", "embedding_only", b"embedding_only", "has_chat_template", b"has_chat_template", "input_modalities", b"input_modalities", "parameter_count", b"parameter_count", "quantization", b"quantization", "template_has_thinking", b"template_has_thinking", "template_has_tools", b"template_has_tools", "trained_context_tokens", b"trained_context_tokens", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
