@@ -66,7 +66,7 @@ async def serving(
         StartError: an address is taken, or a model directory cannot be read.
     """
     try:
-        catalog = await asyncio.to_thread(Catalog, config.model_directories)
+        catalog = await asyncio.to_thread(Catalog, config.model_directories, hub_cache=config.hub_cache)
     except CatalogError as error:
         raise StartError(str(error)) from error
     manager = ModelManager(
@@ -154,15 +154,17 @@ def _manager_config(config: ServerConfig) -> ManagerConfig:
         target_step_milliseconds=config.target_step_milliseconds,
         idle_timeout_seconds=config.idle_timeout_seconds,
         drain_seconds=config.drain_seconds,
-        state_file=_state_file(config),
+        state_file=_state_file(config, "loads"),
+        hub_cache=config.hub_cache,
+        downloads_file=_state_file(config, "downloads"),
     )
 
 
-def _state_file(config: ServerConfig) -> Path | None:
-    """Return where loads are remembered: one file per gRPC port, so that two servers do not share one."""
+def _state_file(config: ServerConfig, what: str) -> Path | None:
+    """Return where something is remembered: one file per gRPC port, so that two servers do not share one."""
     if config.state_dir is None:
         return None
-    return config.state_dir / f"loads-{config.grpc_port}.json"
+    return config.state_dir / f"{what}-{config.grpc_port}.json"
 
 
 def _warn_when_exposed(host: str) -> None:

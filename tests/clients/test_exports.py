@@ -19,6 +19,8 @@ EXPORTED = [
     "Code",
     "Completion",
     "Device",
+    "Download",
+    "DownloadStream",
     "Embeddings",
     "Failure",
     "FieldViolation",

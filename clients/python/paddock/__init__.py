@@ -44,10 +44,11 @@ if TYPE_CHECKING:
         ToolName,
         Usage,
     )
-    from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
+    from paddock.streams import DownloadStream, GenerationStream, LoadStream, LogStream, WatchStream
     from paddock.types import (
         ArtifactState,
         Device,
+        Download,
         Failure,
         HuggingFaceSource,
         LoadProgress,
@@ -78,6 +79,8 @@ __all__ = [
     "Code",
     "Completion",
     "Device",
+    "Download",
+    "DownloadStream",
     "Embeddings",
     "Failure",
     "FieldViolation",
@@ -164,10 +167,11 @@ _MODULES: Final = {
         "ToolName",
         "Usage",
     ),
-    "paddock.streams": ("GenerationStream", "LoadStream", "LogStream", "WatchStream"),
+    "paddock.streams": ("DownloadStream", "GenerationStream", "LoadStream", "LogStream", "WatchStream"),
     "paddock.types": (
         "ArtifactState",
         "Device",
+        "Download",
         "Failure",
         "HuggingFaceSource",
         "LoadProgress",

@@ -65,6 +65,7 @@ def model(message: model_pb2.Model) -> types.Model:
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
         last_use_time=_time(message.last_use_time) if message.HasField("last_use_time") else None,
         expire_time=_time(message.expire_time) if message.HasField("expire_time") else None,
+        download=_download(message.download) if message.HasField("download") else None,
     )
 
 
@@ -202,6 +203,16 @@ def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.Serve
             )
             for device in message.devices
         ),
+    )
+
+
+def _download(message: model_pb2.Download) -> types.Download:
+    return types.Download(
+        completed_bytes=message.completed_bytes,
+        total_bytes=message.total_bytes,
+        bytes_per_second=message.bytes_per_second,
+        paused=message.paused,
+        failure=failure(message.failure) if message.HasField("failure") else None,
     )
 
 

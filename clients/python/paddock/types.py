@@ -138,6 +138,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """A download of a model's files, while it is not done."""
+
+    completed_bytes: int
+    """Bytes on disk, counting those of earlier attempts."""
+    total_bytes: int
+    """Bytes of all files; 0 until the repository has been listed."""
+    bytes_per_second: int
+    """Bytes that arrive now; 0 when none do."""
+    paused: bool
+    failure: Failure | None
+    """Why it failed; `None` while it runs, waits or is paused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A model the server knows."""
 
@@ -157,6 +172,8 @@ class Model:
     last_use_time: datetime | None
     expire_time: datetime | None
     """When the idle model will be unloaded; moves forward on use."""
+    download: Download | None = None
+    """The download of its files; `None` when there is none."""
 
 
 class ProgressKind(StrEnum):

@@ -1,10 +1,11 @@
-"""The models in the configured directories: which there are, what they are, and what is wrong with them."""
+"""The models on this machine: which there are, what they are, and what is wrong with them."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError, displ
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem, conflict, problem
 from paddock_server.catalog.facts import ModelFacts, merged_facts, model_facts
 from paddock_server.catalog.gguf import read_header
+from paddock_server.catalog.hub_cache import HubOrigin, Snapshot, snapshots
+from paddock_server.catalog.hub_names import choose_projector, hub_id, is_model_file, quant_tag
 from paddock_server.catalog.roots import (
     LOCAL_PATH_FIELD,
     MODEL_SUFFIX,
@@ -53,32 +56,42 @@ class _Role(Enum):
 
 
 class Catalog:
-    """The model directories. Every method reads files, so call it from a thread; threads take turns."""
+    """The model directories and the hub's cache. Every method reads files, so call it from a thread; threads
+    take turns."""
 
-    def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
-        """Fails with CatalogError where a directory cannot be listed."""
+    def __init__(
+        self, directories: Sequence[str | os.PathLike[str]], *, hub_cache: Path | None = None
+    ) -> None:
+        """`hub_cache` is the hub's cache, which need not exist. Fails with CatalogError where a directory
+        cannot be listed."""
         self._roots = ModelRoots(directories)
+        self._hub_cache = hub_cache
         self._known: dict[Path, _Known] = {}
         self._lock = threading.Lock()
 
     def scan(self) -> dict[str, CatalogEntry]:
         """All models by id, in the order of their ids.
 
-        A file is read again only when its size, time of change or inode is another than the last time.
+        A file is read again only when its size, time of change or inode is another than the last time. A
+        model in a directory takes the place of one in the hub's cache that has the same id.
 
         Raises:
             CatalogError: a configured directory cannot be listed.
         """
+        cached: dict[str, CatalogEntry] = {}
         found: dict[str, list[CatalogEntry]] = {}
         with self._lock:
             self._known = {path: known for path, known in self._known.items() if exists(path)}
             for root in self._roots.paths:
                 for entry in self._root_entries(root):
                     found.setdefault(entry.id, []).append(entry)
-        return {
-            id_: entries[0] if len(entries) == 1 else conflict(id_, entries)
-            for id_, entries in sorted(found.items())
+            if self._hub_cache is not None:
+                for snapshot in snapshots(self._hub_cache):
+                    cached |= {entry.id: entry for entry in self._snapshot_entries(snapshot)}
+        listed = {
+            id_: entries[0] if len(entries) == 1 else conflict(id_, entries) for id_, entries in found.items()
         }
+        return dict(sorted((cached | listed).items()))
 
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory: a file, any shard of a set, or a folder.
@@ -113,6 +126,30 @@ class Catalog:
             entry = self._folder_entry(folder, root)
             if entry is not None:
                 yield entry
+
+    def _snapshot_entries(self, snapshot: Snapshot) -> Iterator[CatalogEntry]:
+        """Yield the models of a snapshot. Of several with one quantization, the first by path is named after
+        it and the others after their files."""
+        paths = [file.relative for files in snapshot.folders.values() for file in files]
+        tags: set[str] = set()
+        for files in snapshot.folders.values():
+            for group in grouped(files):
+                file = group.first.relative
+                # A set that is not whole is one that somebody is downloading, or has stopped to.
+                if group.set_fault() is not None or not is_model_file(file):
+                    continue
+                if self._role(group.first) is not _Role.MODEL:
+                    continue
+                tag = quant_tag(file)
+                suffix = tag if tag and tag not in tags else file
+                tags.add(tag)
+                origin = HubOrigin(snapshot.repo_id, snapshot.commit, snapshot.revisions, file)
+                projector = choose_projector(paths, file)
+                entry = self._group_entry(
+                    group.stem, group, snapshot.root / projector if projector is not None else None
+                )
+                id_ = hub_id(snapshot.repo_id, origin.revision, without_control_characters(suffix))
+                yield replace(entry, id=id_, hub=origin)
 
     def _entry_at(self, path: Path, root: Path) -> CatalogEntry | None:
         if path.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 from paddock.errors import Reason
 from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.facts import ModelFacts
+from paddock_server.catalog.hub_cache import HubOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,13 @@ def problem(reason: Reason, file: str, what: str, where: int | str) -> CatalogPr
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One model in a directory.
+    """One model in a directory or in the hub's cache.
 
     `path` is the file to load, the first shard of a set; where a problem stands in the way, it may be a
     folder or missing. `shard_paths` are all files of the model in their order, `size_bytes` their size
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
-    `relative_path` is `path` as a LocalSource names it. Exactly one of `facts` and `problem` is set.
+    `relative_path` is `path` as a LocalSource names it, or the path in the repository of a model of the hub,
+    which alone has a `hub`. Exactly one of `facts` and `problem` is set.
     """
 
     id: str
@@ -50,6 +52,7 @@ class CatalogEntry:
     modified_ns: int
     facts: ModelFacts | None
     problem: CatalogProblem | None
+    hub: HubOrigin | None = None
 
 
 def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError, Reason, make_error
+from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError
+from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
 from paddock_server.manager.admission import CountAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.hub import HubModels, HubTools
 from paddock_server.manager.loop import ManagerLoop
 from paddock_server.manager.messages import (
     AcquireAsked,
@@ -86,8 +88,9 @@ class ModelManager:
         launcher: WorkerLauncher,
         config: ManagerConfig,
         admission: Admission | None = None,
+        fetchers: FetcherLauncher | None = None,
     ) -> None:
-        """`admission` is by default the plain limit of `config.models_max`."""
+        """`admission` is by default the plain limit of `config.models_max`, `fetchers` real processes."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
@@ -125,6 +128,17 @@ class ModelManager:
             remember=self._desired.put,
             vanished=self._vanished,
         )
+        self.hub = HubModels(
+            HubTools(
+                cache_dir=config.hub_cache,
+                state_file=config.downloads_file,
+                actors=self._actors,
+                changes=self._changes,
+                rescan=self.rescan,
+                launcher=fetchers or FetcherLauncher(),
+            )
+        )
+        """The models of the Hugging Face Hub: downloads and deletion."""
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
@@ -143,10 +157,12 @@ class ModelManager:
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
         self._replay()
+        await self.hub.start()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
         self._closing = True
+        await self.hub.stop()
         actors = list(self._actors.values())
         for actor in actors:
             actor.tell(CloseAsked(drain_seconds))
@@ -198,17 +214,26 @@ class ModelManager:
             PaddockError: the load failed or was refused.
         """
         wish = wish_of(request.runtime_options)
-        actor = await self._load_target(request)
         timeout = request.load_timeout
         subscription = Subscription()
-        actor.tell(
-            LoadAsked(
-                subscription,
-                wish,
-                conflict=_CONFLICTS[request.conflict_policy],
-                timeout_seconds=timeout.ToNanoseconds() / 1e9 if request.HasField("load_timeout") else None,
-            )
+        asked = LoadAsked(
+            subscription,
+            wish,
+            conflict=_CONFLICTS[request.conflict_policy],
+            timeout_seconds=timeout.ToNanoseconds() / 1e9 if request.HasField("load_timeout") else None,
         )
+        ref = self.hub.ref_of(request.model, request.source if request.HasField("source") else None)
+        if ref is None:
+            (await self._load_target(request)).tell(asked)
+        else:
+
+            async def load(model: str) -> None:
+                (await self._actor_to_load(model)).tell(asked)
+
+            # A task of its own: a caller who goes leaves the download, and the load after it, running.
+            found = self.hub.find(ref)
+            work = load(found) if found is not None else self.hub.bring(ref, subscription, load)
+            self._own_task(work, f"load-{ref.name}")
         try:
             while (event := await subscription.next()) is not None:
                 yield event
@@ -246,13 +271,18 @@ class ModelManager:
         Raises:
             PaddockError: there is no such model, it may not or cannot be loaded, or too many wait for it.
         """
-        actor = await self._actor_to_load(model)
-        loop = asyncio.get_running_loop()
-        caller = Acquiring(loop.create_future(), loop.time())
         if autoload == pb.AUTOLOAD_POLICY_UNSPECIFIED:
             allowed = self._config.autoload
         else:
             allowed = autoload == pb.AUTOLOAD_POLICY_LOAD
+        ref = self.hub.ref_of(model, None) if model not in self._actors else None
+        if ref is not None and self.hub.find(ref) is None:
+            if not allowed:
+                raise failures.model_not_loaded(model).error()
+            model = await self.hub.ensure(ref)
+        actor = await self._actor_to_load(model)
+        loop = asyncio.get_running_loop()
+        caller = Acquiring(loop.create_future(), loop.time())
         actor.tell(AcquireAsked(caller, allowed))
         try:
             return await caller.reply
@@ -270,7 +300,9 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND.
         """
-        return (await self._actor(model)).snapshot()
+        if self.hub.id_of(model) not in self._actors and (pending := self.hub.pending(model)) is not None:
+            return pending
+        return self.hub.completed((await self._actor(model)).snapshot())
 
     def snapshots(self) -> tuple[list[model_pb2.Model], int]:
         """Return every model, ordered by id, and the revision they reflect."""
@@ -311,16 +343,16 @@ class ModelManager:
 
     async def _actor(self, model: str) -> Actor:
         """Return the actor of a model; an unknown one is looked for on disk first."""
-        if model not in self._actors:
+        if self.hub.id_of(model) not in self._actors:
             await self._scan_soon()
         try:
-            return self._actors[model]
+            return self._actors[self.hub.id_of(model)]
         except KeyError:
             raise ModelNotFoundError.of(model) from None
 
     async def _actor_to_load(self, model: str) -> Actor:
         """Return the actor of a model to load; the file of a broken one may be another by now."""
-        actor = self._actors.get(model)
+        actor = self._actors.get(self.hub.id_of(model))
         if actor is not None and (actor.entry.problem is not None or actor.state.held_until == NEVER):
             await self._scan_soon()
         return await self._actor(model)
@@ -391,18 +423,10 @@ class ModelManager:
         """Return the actor a `LoadRequest` means, after checking its source."""
         if not request.HasField("source"):
             return await self._actor_to_load(request.model)
-        match request.source.WhichOneof("source"):
-            case "local":
-                path = request.source.local.path
-            case "hugging_face":
-                raise make_error(
-                    Reason.NOT_IMPLEMENTED,
-                    "This server cannot download models yet. Put the file into a model directory and name it "
-                    "with source.local, or leave source out.",
-                )
-            case None:
-                msg = "source"
-                raise InvalidFieldError.of(msg, "must hold local; or leave it out")
+        path = request.source.local.path
+        if not request.source.HasField("local"):
+            msg = "source"
+            raise InvalidFieldError.of(msg, "must hold local or hugging_face; or leave it out")
         try:
             entry = await asyncio.to_thread(self._catalog.resolve_local, path)
         except CatalogError as error:
@@ -419,7 +443,7 @@ class ModelManager:
         return actor
 
     def _models(self) -> list[model_pb2.Model]:
-        return [self._actors[model].snapshot() for model in sorted(self._actors)]
+        return self.hub.all(actor.snapshot() for actor in self._actors.values())
 
     def _vanished(self, model: str) -> None:
         del self._actors[model]

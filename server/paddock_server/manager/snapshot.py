@@ -54,7 +54,11 @@ def model_proto(
         load_id=state.load_id,
         size_bytes=entry.size_bytes,
     )
-    model.source.local.path = entry.relative_path
+    if entry.hub is not None:
+        hub = model.source.hugging_face
+        hub.repo_id, hub.revision, hub.file_pattern = entry.hub.repo_id, entry.hub.commit, entry.hub.file
+    else:
+        model.source.local.path = entry.relative_path
     if entry.facts is not None:
         model.info.CopyFrom(_info(entry.facts))
     if state.phase is not Phase.UNLOADED:

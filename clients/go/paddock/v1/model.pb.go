@@ -188,7 +188,10 @@ type Model struct {
 	LastUseTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=last_use_time,json=lastUseTime,proto3" json:"last_use_time,omitempty"`
 	// When the server will put the idle model to sleep or unload it. Moves
 	// forward on use; unset when idle unloading is off.
-	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// The download of the files. Unset when there is none; stays after one that
+	// was paused or has failed.
+	Download      *Download `protobuf:"bytes,25,opt,name=download,proto3" json:"download,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +317,96 @@ func (x *Model) GetExpireTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Model) GetDownload() *Download {
+	if x != nil {
+		return x.Download
+	}
+	return nil
+}
+
+// A download of a model's files.
+type Download struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Bytes on disk, counting those of earlier attempts. Not verified yet.
+	CompletedBytes int64 `protobuf:"varint,1,opt,name=completed_bytes,json=completedBytes,proto3" json:"completed_bytes,omitempty"`
+	// Bytes of all files. Zero until the repository has been listed.
+	TotalBytes int64 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	// Bytes per second that arrive now. Zero when none do.
+	BytesPerSecond int64 `protobuf:"varint,3,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	// Whether somebody paused it. Calling `Download` or `Load` again resumes.
+	Paused bool `protobuf:"varint,4,opt,name=paused,proto3" json:"paused,omitempty"`
+	// Why it failed. Unset while it runs, waits or is paused. Calling `Download`
+	// or `Load` again resumes.
+	Failure       *Failure `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Download) Reset() {
+	*x = Download{}
+	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Download) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Download) ProtoMessage() {}
+
+func (x *Download) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Download.ProtoReflect.Descriptor instead.
+func (*Download) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Download) GetCompletedBytes() int64 {
+	if x != nil {
+		return x.CompletedBytes
+	}
+	return 0
+}
+
+func (x *Download) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *Download) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *Download) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *Download) GetFailure() *Failure {
+	if x != nil {
+		return x.Failure
+	}
+	return nil
+}
+
 // Where to get the model files.
 type ModelSource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -330,7 +423,7 @@ type ModelSource struct {
 
 func (x *ModelSource) Reset() {
 	*x = ModelSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -342,7 +435,7 @@ func (x *ModelSource) String() string {
 func (*ModelSource) ProtoMessage() {}
 
 func (x *ModelSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[1]
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -355,7 +448,7 @@ func (x *ModelSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSource.ProtoReflect.Descriptor instead.
 func (*ModelSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{1}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ModelSource) GetSource() isModelSource_Source {
@@ -409,8 +502,9 @@ type HuggingFaceSource struct {
 	// Branch, tag or commit. Defaults to `main`. The server resolves it to a
 	// commit once per load and reports the commit here.
 	Revision string `protobuf:"bytes,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	// File name or glob that selects one GGUF file or one set of shards, for
-	// example `*q4_k_m.gguf`. Required.
+	// File name, glob or quantization tag that selects one GGUF file or one set
+	// of shards, for example `*q4_k_m.gguf` or `Q4_K_M`. Unset takes `Q4_K_M`,
+	// else `Q8_0`, else the first model of the repository.
 	FilePattern   string `protobuf:"bytes,3,opt,name=file_pattern,json=filePattern,proto3" json:"file_pattern,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -418,7 +512,7 @@ type HuggingFaceSource struct {
 
 func (x *HuggingFaceSource) Reset() {
 	*x = HuggingFaceSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -430,7 +524,7 @@ func (x *HuggingFaceSource) String() string {
 func (*HuggingFaceSource) ProtoMessage() {}
 
 func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -443,7 +537,7 @@ func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HuggingFaceSource.ProtoReflect.Descriptor instead.
 func (*HuggingFaceSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *HuggingFaceSource) GetRepoId() string {
@@ -479,7 +573,7 @@ type LocalSource struct {
 
 func (x *LocalSource) Reset() {
 	*x = LocalSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -491,7 +585,7 @@ func (x *LocalSource) String() string {
 func (*LocalSource) ProtoMessage() {}
 
 func (x *LocalSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -504,7 +598,7 @@ func (x *LocalSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalSource.ProtoReflect.Descriptor instead.
 func (*LocalSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LocalSource) GetPath() string {
@@ -537,7 +631,7 @@ type RuntimeOptions struct {
 
 func (x *RuntimeOptions) Reset() {
 	*x = RuntimeOptions{}
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +643,7 @@ func (x *RuntimeOptions) String() string {
 func (*RuntimeOptions) ProtoMessage() {}
 
 func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +656,7 @@ func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeOptions.ProtoReflect.Descriptor instead.
 func (*RuntimeOptions) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RuntimeOptions) GetContextSizeTokens() int32 {
@@ -634,7 +728,7 @@ type ModelInfo struct {
 
 func (x *ModelInfo) Reset() {
 	*x = ModelInfo{}
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +740,7 @@ func (x *ModelInfo) String() string {
 func (*ModelInfo) ProtoMessage() {}
 
 func (x *ModelInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +753,7 @@ func (x *ModelInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelInfo.ProtoReflect.Descriptor instead.
 func (*ModelInfo) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ModelInfo) GetArchitecture() string {
@@ -750,7 +844,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +856,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +869,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Worker) GetPid() int32 {
@@ -859,7 +953,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +965,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +978,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Failure) GetReason() string {
@@ -941,7 +1035,7 @@ var File_paddock_v1_model_proto protoreflect.FileDescriptor
 const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"\x16paddock/v1/model.proto\x12\n" +
-	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfa\x04\n" +
+	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x05\n" +
 	"\x05Model\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12,\n" +
@@ -958,7 +1052,15 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\tload_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\bloadTime\x12>\n" +
 	"\rlast_use_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\vlastUseTime\x12;\n" +
 	"\vexpire_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\x8c\x01\n" +
+	"expireTime\x120\n" +
+	"\bdownload\x18\x19 \x01(\v2\x14.paddock.v1.DownloadR\bdownload\"\xc5\x01\n" +
+	"\bDownload\x12'\n" +
+	"\x0fcompleted_bytes\x18\x01 \x01(\x03R\x0ecompletedBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
+	"totalBytes\x12(\n" +
+	"\x10bytes_per_second\x18\x03 \x01(\x03R\x0ebytesPerSecond\x12\x16\n" +
+	"\x06paused\x18\x04 \x01(\bR\x06paused\x12-\n" +
+	"\afailure\x18\x05 \x01(\v2\x13.paddock.v1.FailureR\afailure\"\x8c\x01\n" +
 	"\vModelSource\x12B\n" +
 	"\fhugging_face\x18\x01 \x01(\v2\x1d.paddock.v1.HuggingFaceSourceH\x00R\vhuggingFace\x12/\n" +
 	"\x05local\x18\x02 \x01(\v2\x17.paddock.v1.LocalSourceH\x00R\x05localB\b\n" +
@@ -1047,44 +1149,47 @@ func file_paddock_v1_model_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_paddock_v1_model_proto_goTypes = []any{
 	(ModelState)(0),               // 0: paddock.v1.ModelState
 	(ArtifactState)(0),            // 1: paddock.v1.ArtifactState
 	(*Model)(nil),                 // 2: paddock.v1.Model
-	(*ModelSource)(nil),           // 3: paddock.v1.ModelSource
-	(*HuggingFaceSource)(nil),     // 4: paddock.v1.HuggingFaceSource
-	(*LocalSource)(nil),           // 5: paddock.v1.LocalSource
-	(*RuntimeOptions)(nil),        // 6: paddock.v1.RuntimeOptions
-	(*ModelInfo)(nil),             // 7: paddock.v1.ModelInfo
-	(*Worker)(nil),                // 8: paddock.v1.Worker
-	(*Failure)(nil),               // 9: paddock.v1.Failure
-	nil,                           // 10: paddock.v1.Failure.MetadataEntry
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
+	(*Download)(nil),              // 3: paddock.v1.Download
+	(*ModelSource)(nil),           // 4: paddock.v1.ModelSource
+	(*HuggingFaceSource)(nil),     // 5: paddock.v1.HuggingFaceSource
+	(*LocalSource)(nil),           // 6: paddock.v1.LocalSource
+	(*RuntimeOptions)(nil),        // 7: paddock.v1.RuntimeOptions
+	(*ModelInfo)(nil),             // 8: paddock.v1.ModelInfo
+	(*Worker)(nil),                // 9: paddock.v1.Worker
+	(*Failure)(nil),               // 10: paddock.v1.Failure
+	nil,                           // 11: paddock.v1.Failure.MetadataEntry
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 13: google.protobuf.Duration
 }
 var file_paddock_v1_model_proto_depIdxs = []int32{
-	3,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
+	4,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
 	0,  // 1: paddock.v1.Model.state:type_name -> paddock.v1.ModelState
 	1,  // 2: paddock.v1.Model.artifact_state:type_name -> paddock.v1.ArtifactState
-	6,  // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	7,  // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
-	8,  // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
-	9,  // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
-	11, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
-	11, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
-	11, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
-	5,  // 11: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
-	12, // 12: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
-	11, // 13: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
-	10, // 14: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
-	11, // 15: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	7,  // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	8,  // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
+	9,  // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
+	10, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
+	12, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
+	12, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
+	12, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
+	3,  // 10: paddock.v1.Model.download:type_name -> paddock.v1.Download
+	10, // 11: paddock.v1.Download.failure:type_name -> paddock.v1.Failure
+	5,  // 12: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
+	6,  // 13: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
+	13, // 14: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
+	12, // 15: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
+	11, // 16: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
+	12, // 17: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_proto_init() }
@@ -1092,19 +1197,19 @@ func file_paddock_v1_model_proto_init() {
 	if File_paddock_v1_model_proto != nil {
 		return
 	}
-	file_paddock_v1_model_proto_msgTypes[1].OneofWrappers = []any{
+	file_paddock_v1_model_proto_msgTypes[2].OneofWrappers = []any{
 		(*ModelSource_HuggingFace)(nil),
 		(*ModelSource_Local)(nil),
 	}
-	file_paddock_v1_model_proto_msgTypes[4].OneofWrappers = []any{}
-	file_paddock_v1_model_proto_msgTypes[7].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[5].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_proto_rawDesc), len(file_paddock_v1_model_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

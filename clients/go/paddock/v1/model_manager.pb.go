@@ -154,6 +154,59 @@ func (LoadConflictPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{1}
 }
 
+// What to do with the files of a download that is stopped.
+type StopDownloadMode int32
+
+const (
+	// Never sent.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_UNSPECIFIED StopDownloadMode = 0
+	// Keep what has arrived. The model stays listed as paused.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_PAUSE StopDownloadMode = 1
+	// Remove what has arrived and is not complete.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_CANCEL StopDownloadMode = 2
+)
+
+// Enum value maps for StopDownloadMode.
+var (
+	StopDownloadMode_name = map[int32]string{
+		0: "STOP_DOWNLOAD_MODE_UNSPECIFIED",
+		1: "STOP_DOWNLOAD_MODE_PAUSE",
+		2: "STOP_DOWNLOAD_MODE_CANCEL",
+	}
+	StopDownloadMode_value = map[string]int32{
+		"STOP_DOWNLOAD_MODE_UNSPECIFIED": 0,
+		"STOP_DOWNLOAD_MODE_PAUSE":       1,
+		"STOP_DOWNLOAD_MODE_CANCEL":      2,
+	}
+)
+
+func (x StopDownloadMode) Enum() *StopDownloadMode {
+	p := new(StopDownloadMode)
+	*p = x
+	return p
+}
+
+func (x StopDownloadMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StopDownloadMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_manager_proto_enumTypes[2].Descriptor()
+}
+
+func (StopDownloadMode) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_manager_proto_enumTypes[2]
+}
+
+func (x StopDownloadMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StopDownloadMode.Descriptor instead.
+func (StopDownloadMode) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{2}
+}
+
 // What to do with requests in progress.
 type UnloadMode int32
 
@@ -191,11 +244,11 @@ func (x UnloadMode) String() string {
 }
 
 func (UnloadMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[2].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[3].Descriptor()
 }
 
 func (UnloadMode) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[2]
+	return &file_paddock_v1_model_manager_proto_enumTypes[3]
 }
 
 func (x UnloadMode) Number() protoreflect.EnumNumber {
@@ -204,7 +257,7 @@ func (x UnloadMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use UnloadMode.Descriptor instead.
 func (UnloadMode) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{2}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{3}
 }
 
 // What to do when the model is not loaded.
@@ -244,11 +297,11 @@ func (x AutoloadPolicy) String() string {
 }
 
 func (AutoloadPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[3].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[4].Descriptor()
 }
 
 func (AutoloadPolicy) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[3]
+	return &file_paddock_v1_model_manager_proto_enumTypes[4]
 }
 
 func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
@@ -257,16 +310,18 @@ func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AutoloadPolicy.Descriptor instead.
 func (AutoloadPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{3}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{4}
 }
 
 // Request of `Load`.
 type LoadRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Model to load. Required.
+	// Model to load. Required. `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]` names a
+	// model of the Hugging Face Hub, which is downloaded when it is not there.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
-	// Where to get it. Required the first time a model is mentioned; later it
-	// must match or be unset.
+	// Where to get it. May be unset for a model that `List` shows, and for an
+	// `hf:` name. With `hugging_face`, `model` is the same as an `hf:` name, or
+	// the id the model has or will have.
 	Source *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	// Options for the worker. Against a loaded model only the fields that are set
 	// are compared.
@@ -3291,9 +3346,11 @@ func (x *LogLine) GetText() string {
 // Request of `Download`.
 type DownloadRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Identifier to give the model. Required.
+	// Model to download: `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]`, or the id of a
+	// model from the Hugging Face Hub, which is the same without `hf:`. Required
+	// unless `source` is set.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
-	// Where to get it. Required.
+	// The same in parts. `model` may be empty then.
 	Source        *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3430,10 +3487,111 @@ func (*DownloadResponse_Progress) isDownloadResponse_Event() {}
 
 func (*DownloadResponse_Downloaded) isDownloadResponse_Event() {}
 
+// Request of `StopDownload`.
+type StopDownloadRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Model whose download to stop, as `Download` or `List` names it. Required.
+	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// What to do with the files. Required.
+	Mode          StopDownloadMode `protobuf:"varint,2,opt,name=mode,proto3,enum=paddock.v1.StopDownloadMode" json:"mode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopDownloadRequest) Reset() {
+	*x = StopDownloadRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopDownloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopDownloadRequest) ProtoMessage() {}
+
+func (x *StopDownloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopDownloadRequest.ProtoReflect.Descriptor instead.
+func (*StopDownloadRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *StopDownloadRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *StopDownloadRequest) GetMode() StopDownloadMode {
+	if x != nil {
+		return x.Mode
+	}
+	return StopDownloadMode_STOP_DOWNLOAD_MODE_UNSPECIFIED
+}
+
+// Response of `StopDownload`.
+type StopDownloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model, no longer in `ARTIFACT_STATE_DOWNLOADING`.
+	Model         *Model `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopDownloadResponse) Reset() {
+	*x = StopDownloadResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopDownloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopDownloadResponse) ProtoMessage() {}
+
+func (x *StopDownloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopDownloadResponse.ProtoReflect.Descriptor instead.
+func (*StopDownloadResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *StopDownloadResponse) GetModel() *Model {
+	if x != nil {
+		return x.Model
+	}
+	return nil
+}
+
 // Request of `Delete`.
 type DeleteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Model to delete. Required.
+	// Model to delete, its id or its `hf:` name. Required.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	// Succeed when there is no such model.
 	AllowMissing  bool `protobuf:"varint,2,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
@@ -3443,7 +3601,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3455,7 +3613,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[46]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3468,7 +3626,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{46}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DeleteRequest) GetModel() string {
@@ -3496,7 +3654,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3666,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[47]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3679,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{47}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DeleteResponse) GetFreedBytes() int64 {
@@ -3540,7 +3698,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3552,7 +3710,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[48]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3565,7 +3723,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{48}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
 }
 
 // Response of `GetServerInfo`.
@@ -3588,7 +3746,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3758,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[49]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3771,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{49}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -3666,7 +3824,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +3836,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +3849,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -3921,7 +4079,12 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\n" +
 	"downloaded\x18\x02 \x01(\v2\x11.paddock.v1.ModelH\x00R\n" +
 	"downloadedB\a\n" +
-	"\x05event\"J\n" +
+	"\x05event\"]\n" +
+	"\x13StopDownloadRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x120\n" +
+	"\x04mode\x18\x02 \x01(\x0e2\x1c.paddock.v1.StopDownloadModeR\x04mode\"?\n" +
+	"\x14StopDownloadResponse\x12'\n" +
+	"\x05model\x18\x01 \x01(\v2\x11.paddock.v1.ModelR\x05model\"J\n" +
 	"\rDeleteRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12#\n" +
 	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"1\n" +
@@ -3956,7 +4119,11 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	" LOAD_CONFLICT_POLICY_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19LOAD_CONFLICT_POLICY_FAIL\x10\x01\x12\x1d\n" +
 	"\x19LOAD_CONFLICT_POLICY_KEEP\x10\x02\x12\x1f\n" +
-	"\x1bLOAD_CONFLICT_POLICY_RELOAD\x10\x03*W\n" +
+	"\x1bLOAD_CONFLICT_POLICY_RELOAD\x10\x03*s\n" +
+	"\x10StopDownloadMode\x12\"\n" +
+	"\x1eSTOP_DOWNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18STOP_DOWNLOAD_MODE_PAUSE\x10\x01\x12\x1d\n" +
+	"\x19STOP_DOWNLOAD_MODE_CANCEL\x10\x02*W\n" +
 	"\n" +
 	"UnloadMode\x12\x1b\n" +
 	"\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x15\n" +
@@ -3965,7 +4132,7 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xf9\a\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xcc\b\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
 	"\x06Unload\x12\x19.paddock.v1.UnloadRequest\x1a\x1a.paddock.v1.UnloadResponse\x12>\n" +
@@ -3980,7 +4147,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"Detokenize\x12\x1d.paddock.v1.DetokenizeRequest\x1a\x1e.paddock.v1.DetokenizeResponse\"\x03\x90\x02\x01\x12M\n" +
 	"\n" +
 	"StreamLogs\x12\x1d.paddock.v1.StreamLogsRequest\x1a\x1e.paddock.v1.StreamLogsResponse0\x01\x12G\n" +
-	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12?\n" +
+	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12Q\n" +
+	"\fStopDownload\x12\x1f.paddock.v1.StopDownloadRequest\x1a .paddock.v1.StopDownloadResponse\x12?\n" +
 	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12Y\n" +
 	"\rGetServerInfo\x12 .paddock.v1.GetServerInfoRequest\x1a!.paddock.v1.GetServerInfoResponse\"\x03\x90\x02\x01B\xae\x01\n" +
 	"\x0ecom.paddock.v1B\x11ModelManagerProtoP\x01Z@github.com/paddock-serve/paddock/clients/go/paddock/v1;paddockv1\xa2\x02\x03PXX\xaa\x02\n" +
@@ -3999,178 +4167,185 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 	return file_paddock_v1_model_manager_proto_rawDescData
 }
 
-var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                    // 0: paddock.v1.Stage
 	(LoadConflictPolicy)(0),       // 1: paddock.v1.LoadConflictPolicy
-	(UnloadMode)(0),               // 2: paddock.v1.UnloadMode
-	(AutoloadPolicy)(0),           // 3: paddock.v1.AutoloadPolicy
-	(*LoadRequest)(nil),           // 4: paddock.v1.LoadRequest
-	(*LoadResponse)(nil),          // 5: paddock.v1.LoadResponse
-	(*Loaded)(nil),                // 6: paddock.v1.Loaded
-	(*ProgressEvent)(nil),         // 7: paddock.v1.ProgressEvent
-	(*StageStarted)(nil),          // 8: paddock.v1.StageStarted
-	(*StageAdvanced)(nil),         // 9: paddock.v1.StageAdvanced
-	(*StageFinished)(nil),         // 10: paddock.v1.StageFinished
-	(*StageWarning)(nil),          // 11: paddock.v1.StageWarning
-	(*UnloadRequest)(nil),         // 12: paddock.v1.UnloadRequest
-	(*UnloadResponse)(nil),        // 13: paddock.v1.UnloadResponse
-	(*ListRequest)(nil),           // 14: paddock.v1.ListRequest
-	(*ListResponse)(nil),          // 15: paddock.v1.ListResponse
-	(*GetRequest)(nil),            // 16: paddock.v1.GetRequest
-	(*GetResponse)(nil),           // 17: paddock.v1.GetResponse
-	(*WatchRequest)(nil),          // 18: paddock.v1.WatchRequest
-	(*WatchResponse)(nil),         // 19: paddock.v1.WatchResponse
-	(*ModelChanged)(nil),          // 20: paddock.v1.ModelChanged
-	(*ModelDeleted)(nil),          // 21: paddock.v1.ModelDeleted
-	(*Synced)(nil),                // 22: paddock.v1.Synced
-	(*GenerateRequest)(nil),       // 23: paddock.v1.GenerateRequest
-	(*GenerateResponse)(nil),      // 24: paddock.v1.GenerateResponse
-	(*PromptProgress)(nil),        // 25: paddock.v1.PromptProgress
-	(*Deltas)(nil),                // 26: paddock.v1.Deltas
-	(*Started)(nil),               // 27: paddock.v1.Started
-	(*Generated)(nil),             // 28: paddock.v1.Generated
-	(*GenerateManyRequest)(nil),   // 29: paddock.v1.GenerateManyRequest
-	(*GenerationCommand)(nil),     // 30: paddock.v1.GenerationCommand
-	(*StartGeneration)(nil),       // 31: paddock.v1.StartGeneration
-	(*GrantCredit)(nil),           // 32: paddock.v1.GrantCredit
-	(*CancelGeneration)(nil),      // 33: paddock.v1.CancelGeneration
-	(*GenerateManyResponse)(nil),  // 34: paddock.v1.GenerateManyResponse
-	(*GenerationEvent)(nil),       // 35: paddock.v1.GenerationEvent
-	(*GenerationError)(nil),       // 36: paddock.v1.GenerationError
-	(*FieldViolation)(nil),        // 37: paddock.v1.FieldViolation
-	(*EmbedRequest)(nil),          // 38: paddock.v1.EmbedRequest
-	(*EmbedResponse)(nil),         // 39: paddock.v1.EmbedResponse
-	(*Embedding)(nil),             // 40: paddock.v1.Embedding
-	(*TokenizeRequest)(nil),       // 41: paddock.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),      // 42: paddock.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),     // 43: paddock.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),    // 44: paddock.v1.DetokenizeResponse
-	(*StreamLogsRequest)(nil),     // 45: paddock.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),    // 46: paddock.v1.StreamLogsResponse
-	(*LogLine)(nil),               // 47: paddock.v1.LogLine
-	(*DownloadRequest)(nil),       // 48: paddock.v1.DownloadRequest
-	(*DownloadResponse)(nil),      // 49: paddock.v1.DownloadResponse
-	(*DeleteRequest)(nil),         // 50: paddock.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 51: paddock.v1.DeleteResponse
-	(*GetServerInfoRequest)(nil),  // 52: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil), // 53: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                // 54: paddock.v1.Device
-	nil,                           // 55: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),           // 56: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),        // 57: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),   // 58: google.protobuf.Duration
-	(*Model)(nil),                 // 59: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
-	(*Failure)(nil),               // 61: paddock.v1.Failure
-	(ModelState)(0),               // 62: paddock.v1.ModelState
-	(*ChatInput)(nil),             // 63: paddock.v1.ChatInput
-	(*TokenInput)(nil),            // 64: paddock.v1.TokenInput
-	(*SamplingParams)(nil),        // 65: paddock.v1.SamplingParams
-	(*StopParams)(nil),            // 66: paddock.v1.StopParams
-	(*OutputConstraint)(nil),      // 67: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),         // 68: paddock.v1.LogprobParams
-	(*Delta)(nil),                 // 69: paddock.v1.Delta
-	(*Usage)(nil),                 // 70: paddock.v1.Usage
-	(*Timings)(nil),               // 71: paddock.v1.Timings
+	(StopDownloadMode)(0),         // 2: paddock.v1.StopDownloadMode
+	(UnloadMode)(0),               // 3: paddock.v1.UnloadMode
+	(AutoloadPolicy)(0),           // 4: paddock.v1.AutoloadPolicy
+	(*LoadRequest)(nil),           // 5: paddock.v1.LoadRequest
+	(*LoadResponse)(nil),          // 6: paddock.v1.LoadResponse
+	(*Loaded)(nil),                // 7: paddock.v1.Loaded
+	(*ProgressEvent)(nil),         // 8: paddock.v1.ProgressEvent
+	(*StageStarted)(nil),          // 9: paddock.v1.StageStarted
+	(*StageAdvanced)(nil),         // 10: paddock.v1.StageAdvanced
+	(*StageFinished)(nil),         // 11: paddock.v1.StageFinished
+	(*StageWarning)(nil),          // 12: paddock.v1.StageWarning
+	(*UnloadRequest)(nil),         // 13: paddock.v1.UnloadRequest
+	(*UnloadResponse)(nil),        // 14: paddock.v1.UnloadResponse
+	(*ListRequest)(nil),           // 15: paddock.v1.ListRequest
+	(*ListResponse)(nil),          // 16: paddock.v1.ListResponse
+	(*GetRequest)(nil),            // 17: paddock.v1.GetRequest
+	(*GetResponse)(nil),           // 18: paddock.v1.GetResponse
+	(*WatchRequest)(nil),          // 19: paddock.v1.WatchRequest
+	(*WatchResponse)(nil),         // 20: paddock.v1.WatchResponse
+	(*ModelChanged)(nil),          // 21: paddock.v1.ModelChanged
+	(*ModelDeleted)(nil),          // 22: paddock.v1.ModelDeleted
+	(*Synced)(nil),                // 23: paddock.v1.Synced
+	(*GenerateRequest)(nil),       // 24: paddock.v1.GenerateRequest
+	(*GenerateResponse)(nil),      // 25: paddock.v1.GenerateResponse
+	(*PromptProgress)(nil),        // 26: paddock.v1.PromptProgress
+	(*Deltas)(nil),                // 27: paddock.v1.Deltas
+	(*Started)(nil),               // 28: paddock.v1.Started
+	(*Generated)(nil),             // 29: paddock.v1.Generated
+	(*GenerateManyRequest)(nil),   // 30: paddock.v1.GenerateManyRequest
+	(*GenerationCommand)(nil),     // 31: paddock.v1.GenerationCommand
+	(*StartGeneration)(nil),       // 32: paddock.v1.StartGeneration
+	(*GrantCredit)(nil),           // 33: paddock.v1.GrantCredit
+	(*CancelGeneration)(nil),      // 34: paddock.v1.CancelGeneration
+	(*GenerateManyResponse)(nil),  // 35: paddock.v1.GenerateManyResponse
+	(*GenerationEvent)(nil),       // 36: paddock.v1.GenerationEvent
+	(*GenerationError)(nil),       // 37: paddock.v1.GenerationError
+	(*FieldViolation)(nil),        // 38: paddock.v1.FieldViolation
+	(*EmbedRequest)(nil),          // 39: paddock.v1.EmbedRequest
+	(*EmbedResponse)(nil),         // 40: paddock.v1.EmbedResponse
+	(*Embedding)(nil),             // 41: paddock.v1.Embedding
+	(*TokenizeRequest)(nil),       // 42: paddock.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),      // 43: paddock.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),     // 44: paddock.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),    // 45: paddock.v1.DetokenizeResponse
+	(*StreamLogsRequest)(nil),     // 46: paddock.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),    // 47: paddock.v1.StreamLogsResponse
+	(*LogLine)(nil),               // 48: paddock.v1.LogLine
+	(*DownloadRequest)(nil),       // 49: paddock.v1.DownloadRequest
+	(*DownloadResponse)(nil),      // 50: paddock.v1.DownloadResponse
+	(*StopDownloadRequest)(nil),   // 51: paddock.v1.StopDownloadRequest
+	(*StopDownloadResponse)(nil),  // 52: paddock.v1.StopDownloadResponse
+	(*DeleteRequest)(nil),         // 53: paddock.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 54: paddock.v1.DeleteResponse
+	(*GetServerInfoRequest)(nil),  // 55: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil), // 56: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                // 57: paddock.v1.Device
+	nil,                           // 58: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),           // 59: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),        // 60: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),   // 61: google.protobuf.Duration
+	(*Model)(nil),                 // 62: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
+	(*Failure)(nil),               // 64: paddock.v1.Failure
+	(ModelState)(0),               // 65: paddock.v1.ModelState
+	(*ChatInput)(nil),             // 66: paddock.v1.ChatInput
+	(*TokenInput)(nil),            // 67: paddock.v1.TokenInput
+	(*SamplingParams)(nil),        // 68: paddock.v1.SamplingParams
+	(*StopParams)(nil),            // 69: paddock.v1.StopParams
+	(*OutputConstraint)(nil),      // 70: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),         // 71: paddock.v1.LogprobParams
+	(*Delta)(nil),                 // 72: paddock.v1.Delta
+	(*Usage)(nil),                 // 73: paddock.v1.Usage
+	(*Timings)(nil),               // 74: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	56, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	57, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	59, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	60, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	1,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	58, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
-	7,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	6,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	59, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	58, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	61, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	8,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	7,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
+	62, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	61, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	60, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
-	8,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
-	9,  // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
-	10, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
-	11, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	58, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	61, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
-	2,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	58, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	59, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	62, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	59, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	59, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
-	20, // 22: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
-	21, // 23: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
-	22, // 24: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	59, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	62, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	63, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	64, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	65, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	66, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	67, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	68, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
-	3,  // 33: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	27, // 34: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
-	26, // 35: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
-	28, // 36: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
-	25, // 37: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	69, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	70, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	71, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
-	30, // 41: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
-	31, // 42: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
-	32, // 43: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
-	33, // 44: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
-	23, // 45: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
-	35, // 46: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
-	24, // 47: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
-	36, // 48: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	55, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
-	37, // 50: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	58, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
-	3,  // 52: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	40, // 53: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	70, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
-	47, // 55: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	60, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	56, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
-	7,  // 58: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	59, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	60, // 60: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	54, // 61: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	4,  // 62: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	12, // 63: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	14, // 64: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	16, // 65: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	18, // 66: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	23, // 67: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	29, // 68: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	38, // 69: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	41, // 70: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	43, // 71: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	45, // 72: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	48, // 73: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	50, // 74: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	52, // 75: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	5,  // 76: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	13, // 77: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	15, // 78: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	17, // 79: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	19, // 80: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	24, // 81: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	34, // 82: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	39, // 83: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	42, // 84: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	44, // 85: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	46, // 86: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	49, // 87: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	51, // 88: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	53, // 89: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	76, // [76:90] is the sub-list for method output_type
-	62, // [62:76] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	63, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	9,  // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
+	10, // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
+	11, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
+	12, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
+	61, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	64, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	3,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
+	61, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	62, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	65, // 19: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	62, // 20: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	62, // 21: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	21, // 22: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
+	22, // 23: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
+	23, // 24: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
+	62, // 25: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	65, // 26: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	66, // 27: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	67, // 28: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	68, // 29: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	69, // 30: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	70, // 31: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	71, // 32: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	4,  // 33: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	28, // 34: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
+	27, // 35: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
+	29, // 36: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
+	26, // 37: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
+	72, // 38: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	73, // 39: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	74, // 40: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	31, // 41: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
+	32, // 42: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
+	33, // 43: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
+	34, // 44: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
+	24, // 45: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
+	36, // 46: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
+	25, // 47: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
+	37, // 48: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
+	58, // 49: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	38, // 50: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
+	61, // 51: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	4,  // 52: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	41, // 53: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
+	73, // 54: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	48, // 55: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
+	63, // 56: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	59, // 57: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	8,  // 58: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	62, // 59: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	2,  // 60: paddock.v1.StopDownloadRequest.mode:type_name -> paddock.v1.StopDownloadMode
+	62, // 61: paddock.v1.StopDownloadResponse.model:type_name -> paddock.v1.Model
+	63, // 62: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	57, // 63: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	5,  // 64: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	13, // 65: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	15, // 66: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	17, // 67: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	19, // 68: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	24, // 69: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	30, // 70: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	39, // 71: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	42, // 72: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	44, // 73: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	46, // 74: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	49, // 75: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	51, // 76: paddock.v1.ModelManager.StopDownload:input_type -> paddock.v1.StopDownloadRequest
+	53, // 77: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	55, // 78: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	6,  // 79: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	14, // 80: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	16, // 81: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	18, // 82: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	20, // 83: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	25, // 84: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	35, // 85: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	40, // 86: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	43, // 87: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	45, // 88: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	47, // 89: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	50, // 90: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	52, // 91: paddock.v1.ModelManager.StopDownload:output_type -> paddock.v1.StopDownloadResponse
+	54, // 92: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	56, // 93: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	79, // [79:94] is the sub-list for method output_type
+	64, // [64:79] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -4225,8 +4400,8 @@ func file_paddock_v1_model_manager_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   52,
+			NumEnums:      5,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, models, talk
+from paddock.cli import daemons, hub, models, talk
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -41,6 +41,10 @@ app.command(rich_help_panel=_SERVING)(daemons.gateway)
 app.command(rich_help_panel=_TALKING)(talk.run)
 app.command(rich_help_panel=_TALKING)(talk.chat)
 for command in (models.ls, models.ps, models.show, models.load, models.unload, models.logs, models.tokenize):
+    app.command(rich_help_panel=_MODELS)(command)
+
+
+for command in (hub.pull, hub.rm):
     app.command(rich_help_panel=_MODELS)(command)
 
 

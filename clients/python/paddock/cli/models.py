@@ -250,6 +250,8 @@ def tokenize(
 
 
 def _state(model: Model) -> Text:
+    if model.download is not None and model.state is ModelState.UNLOADED:
+        return output.download_text(model.download)
     failed = model.state is ModelState.FAILED and model.last_failure
     return output.state_text(model.state, model.last_failure.reason if failed and model.last_failure else "")
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16paddock/v1/model.proto\x12\npaddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06source\x18\x02 \x01(\x0b\x32\x17.paddock.v1.ModelSource\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.paddock.v1.ModelState\x12\x31\n\x0e\x61rtifact_state\x18\x04 \x01(\x0e\x32\x19.paddock.v1.ArtifactState\x12\x0f\n\x07load_id\x18\x05 \x01(\t\x12\x33\n\x0fruntime_options\x18\x06 \x01(\x0b\x32\x1a.paddock.v1.RuntimeOptions\x12#\n\x04info\x18\x07 \x01(\x0b\x32\x15.paddock.v1.ModelInfo\x12\"\n\x06worker\x18\x08 \x01(\x0b\x32\x12.paddock.v1.Worker\x12)\n\x0clast_failure\x18\t \x01(\x0b\x32\x13.paddock.v1.Failure\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12-\n\tload_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x0bModelSource\x12\x35\n\x0chugging_face\x18\x01 \x01(\x0b\x32\x1d.paddock.v1.HuggingFaceSourceH\x00\x12(\n\x05local\x18\x02 \x01(\x0b\x32\x17.paddock.v1.LocalSourceH\x00\x42\x08\n\x06source\"L\n\x11HuggingFaceSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x66ile_pattern\x18\x03 \x01(\t\"\x1b\n\x0bLocalSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xb7\x02\n\x0eRuntimeOptions\x12 \n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nslot_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0cthread_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05H\x04\x88\x01\x01\x42\x16\n\x14_context_size_tokensB\x12\n\x10_gpu_layer_countB\r\n\x0b_slot_countB\x0f\n\r_thread_countB\x14\n\x12_batch_size_tokens\"\xf5\x01\n\tModelInfo\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x1e\n\x16trained_context_tokens\x18\x04 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x05 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\x05\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x16\n\x0e\x65mbedding_only\x18\t \x01(\x08\"\xed\x01\n\x06Worker\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x61\x63tive_request_count\x18\x04 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x05 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14kv_cache_used_tokens\x18\x07 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x08 \x01(\x05\"\x8a\x02\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x33\n\x08metadata\x18\x03 \x03(\x0b\x32!.paddock.v1.Failure.MetadataEntry\x12\x30\n\x0c\x66\x61ilure_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_tail\x18\x05 \x03(\t\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x07 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_exit_code*\xc1\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x18\n\x14MODEL_STATE_SLEEPING\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\x89\x01\n\rArtifactState\x12\x1e\n\x1a\x41RTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41RTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n\x1a\x41RTIFACT_STATE_DOWNLOADING\x10\x02\x12\x1d\n\x19\x41RTIFACT_STATE_DOWNLOADED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16paddock/v1/model.proto\x12\npaddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x04\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06source\x18\x02 \x01(\x0b\x32\x17.paddock.v1.ModelSource\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.paddock.v1.ModelState\x12\x31\n\x0e\x61rtifact_state\x18\x04 \x01(\x0e\x32\x19.paddock.v1.ArtifactState\x12\x0f\n\x07load_id\x18\x05 \x01(\t\x12\x33\n\x0fruntime_options\x18\x06 \x01(\x0b\x32\x1a.paddock.v1.RuntimeOptions\x12#\n\x04info\x18\x07 \x01(\x0b\x32\x15.paddock.v1.ModelInfo\x12\"\n\x06worker\x18\x08 \x01(\x0b\x32\x12.paddock.v1.Worker\x12)\n\x0clast_failure\x18\t \x01(\x0b\x32\x13.paddock.v1.Failure\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12-\n\tload_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08\x64ownload\x18\x19 \x01(\x0b\x32\x14.paddock.v1.Download\"\x88\x01\n\x08\x44ownload\x12\x17\n\x0f\x63ompleted_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x03\x12\x0e\n\x06paused\x18\x04 \x01(\x08\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.paddock.v1.Failure\"x\n\x0bModelSource\x12\x35\n\x0chugging_face\x18\x01 \x01(\x0b\x32\x1d.paddock.v1.HuggingFaceSourceH\x00\x12(\n\x05local\x18\x02 \x01(\x0b\x32\x17.paddock.v1.LocalSourceH\x00\x42\x08\n\x06source\"L\n\x11HuggingFaceSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x66ile_pattern\x18\x03 \x01(\t\"\x1b\n\x0bLocalSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xb7\x02\n\x0eRuntimeOptions\x12 \n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nslot_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0cthread_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05H\x04\x88\x01\x01\x42\x16\n\x14_context_size_tokensB\x12\n\x10_gpu_layer_countB\r\n\x0b_slot_countB\x0f\n\r_thread_countB\x14\n\x12_batch_size_tokens\"\xf5\x01\n\tModelInfo\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x1e\n\x16trained_context_tokens\x18\x04 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x05 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\x05\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x16\n\x0e\x65mbedding_only\x18\t \x01(\x08\"\xed\x01\n\x06Worker\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x61\x63tive_request_count\x18\x04 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x05 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14kv_cache_used_tokens\x18\x07 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x08 \x01(\x05\"\x8a\x02\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x33\n\x08metadata\x18\x03 \x03(\x0b\x32!.paddock.v1.Failure.MetadataEntry\x12\x30\n\x0c\x66\x61ilure_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_tail\x18\x05 \x03(\t\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x07 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_exit_code*\xc1\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x18\n\x14MODEL_STATE_SLEEPING\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\x89\x01\n\rArtifactState\x12\x1e\n\x1a\x41RTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41RTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n\x1a\x41RTIFACT_STATE_DOWNLOADING\x10\x02\x12\x1d\n\x19\x41RTIFACT_STATE_DOWNLOADED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1910
-  _globals['_MODELSTATE']._serialized_end=2103
-  _globals['_ARTIFACTSTATE']._serialized_start=2106
-  _globals['_ARTIFACTSTATE']._serialized_end=2243
+  _globals['_MODELSTATE']._serialized_start=2089
+  _globals['_MODELSTATE']._serialized_end=2282
+  _globals['_ARTIFACTSTATE']._serialized_start=2285
+  _globals['_ARTIFACTSTATE']._serialized_end=2422
   _globals['_MODEL']._serialized_start=104
-  _globals['_MODEL']._serialized_end=607
-  _globals['_MODELSOURCE']._serialized_start=609
-  _globals['_MODELSOURCE']._serialized_end=729
-  _globals['_HUGGINGFACESOURCE']._serialized_start=731
-  _globals['_HUGGINGFACESOURCE']._serialized_end=807
-  _globals['_LOCALSOURCE']._serialized_start=809
-  _globals['_LOCALSOURCE']._serialized_end=836
-  _globals['_RUNTIMEOPTIONS']._serialized_start=839
-  _globals['_RUNTIMEOPTIONS']._serialized_end=1150
-  _globals['_MODELINFO']._serialized_start=1153
-  _globals['_MODELINFO']._serialized_end=1398
-  _globals['_WORKER']._serialized_start=1401
-  _globals['_WORKER']._serialized_end=1638
-  _globals['_FAILURE']._serialized_start=1641
-  _globals['_FAILURE']._serialized_end=1907
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=1846
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1893
+  _globals['_MODEL']._serialized_end=647
+  _globals['_DOWNLOAD']._serialized_start=650
+  _globals['_DOWNLOAD']._serialized_end=786
+  _globals['_MODELSOURCE']._serialized_start=788
+  _globals['_MODELSOURCE']._serialized_end=908
+  _globals['_HUGGINGFACESOURCE']._serialized_start=910
+  _globals['_HUGGINGFACESOURCE']._serialized_end=986
+  _globals['_LOCALSOURCE']._serialized_start=988
+  _globals['_LOCALSOURCE']._serialized_end=1015
+  _globals['_RUNTIMEOPTIONS']._serialized_start=1018
+  _globals['_RUNTIMEOPTIONS']._serialized_end=1329
+  _globals['_MODELINFO']._serialized_start=1332
+  _globals['_MODELINFO']._serialized_end=1577
+  _globals['_WORKER']._serialized_start=1580
+  _globals['_WORKER']._serialized_end=1817
+  _globals['_FAILURE']._serialized_start=1820
+  _globals['_FAILURE']._serialized_end=2086
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=2025
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=2072
 # @@protoc_insertion_point(module_scope)

@@ -120,6 +120,7 @@ class Model(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identifier used as `model` in every request, for example
     `qwen2.5-7b-instruct-q4_k_m`. Stable for the lifetime of the model.
@@ -172,6 +173,12 @@ class Model(_message.Message):
         forward on use; unset when idle unloading is off.
         """
 
+    @_builtins.property
+    def download(self) -> Global___Download:
+        """The download of the files. Unset when there is none; stays after one that
+        was paused or has failed.
+        """
+
     def __init__(
         self,
         *,
@@ -188,14 +195,57 @@ class Model(_message.Message):
         load_time: _timestamp_pb2.Timestamp | None = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        download: Global___Download | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_state", b"artifact_state", "expire_time", b"expire_time", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_id", b"load_id", "load_time", b"load_time", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_state", b"artifact_state", "download", b"download", "expire_time", b"expire_time", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_id", b"load_id", "load_time", b"load_time", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Download(_message.Message):
+    """A download of a model's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    completed_bytes: _builtins.int
+    """Bytes on disk, counting those of earlier attempts. Not verified yet."""
+    total_bytes: _builtins.int
+    """Bytes of all files. Zero until the repository has been listed."""
+    bytes_per_second: _builtins.int
+    """Bytes per second that arrive now. Zero when none do."""
+    paused: _builtins.bool
+    """Whether somebody paused it. Calling `Download` or `Load` again resumes."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why it failed. Unset while it runs, waits or is paused. Calling `Download`
+        or `Load` again resumes.
+        """
+
+    def __init__(
+        self,
+        *,
+        completed_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+        paused: _builtins.bool = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "completed_bytes", b"completed_bytes", "failure", b"failure", "paused", b"paused", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Download: _TypeAlias = Download  # noqa: Y015
 
 @_typing.final
 class ModelSource(_message.Message):
@@ -245,8 +295,9 @@ class HuggingFaceSource(_message.Message):
     commit once per load and reports the commit here.
     """
     file_pattern: _builtins.str
-    """File name or glob that selects one GGUF file or one set of shards, for
-    example `*q4_k_m.gguf`. Required.
+    """File name, glob or quantization tag that selects one GGUF file or one set
+    of shards, for example `*q4_k_m.gguf` or `Q4_K_M`. Unset takes `Q4_K_M`,
+    else `Q8_0`, else the first model of the repository.
     """
     def __init__(
         self,
