@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -20,11 +21,16 @@ from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.app import serving
+from paddock_server.catalog import parse_hub_name
 from paddock_server.config import ServerConfig
+from paddock_server.downloads.process import FetcherCrashedError, FetcherLauncher, FetcherStalledError
 from tests.fakes.hub import FakeHub, Fault, Repo, digest_of, running_hub
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
 from tests.servers import wait_until
+
+if TYPE_CHECKING:
+    from paddock_server.downloads.messages import Message
 
 REPO = "org/noise-GGUF"
 FILE = "noise-Q4_K_M.gguf"
@@ -228,6 +234,97 @@ async def test_a_paused_download_stays_listed_and_goes_on_from_its_bytes(
     assert there > 0
     assert (await download(api))[-1].downloaded.id == ID
     assert hub.ranges[-1] == f"bytes={there}-"
+
+
+async def test_a_request_waits_for_a_download_that_runs_and_resumes_none_that_was_paused(
+    api: GrpcApi, hub: FakeHub, content: bytes
+) -> None:
+    async def generate(model: str) -> list[pb.GenerateResponse]:
+        request = pb.GenerateRequest(model=model, prompt="hi", stop=gen.StopParams(max_tokens=2))
+        async with aclosing(api.generate(request)) as responses:
+            return [response async for response in responses]
+
+    gate = Gate(hub, len(content) // 2)
+    requests = [asyncio.create_task(refused(generate(NAME)))]
+    await gate.wait_reached()
+    await until(api, ID, lambda model: model.download.total_bytes > 0)
+    requests.append(asyncio.create_task(refused(generate(ID))))
+    await api.stop_download(pb.StopDownloadRequest(model=ID, mode=pb.STOP_DOWNLOAD_MODE_PAUSE))
+    gate.opened.set()
+
+    ended = [error.reason for error in await asyncio.gather(*requests)]
+    assert ended == [Reason.LOAD_ABORTED, Reason.LOAD_ABORTED]
+    assert (await refused(generate(ID))).reason == Reason.LOAD_ABORTED
+    async with aclosing(api.load(pb.LoadRequest(model=ID))) as responses:  # an operator's load does
+        assert [response async for response in responses][-1].loaded.model.id == ID
+
+
+async def test_calls_at_the_moment_of_a_stop_all_end(api: GrpcApi, hub: FakeHub, content: bytes) -> None:
+    gate = Gate(hub, len(content) // 2)
+    first = asyncio.create_task(refused(download(api)))
+    await gate.wait_reached()
+    await until(api, ID, lambda model: model.download.total_bytes > 0)
+    pause = pb.StopDownloadRequest(model=ID, mode=pb.STOP_DOWNLOAD_MODE_PAUSE)
+    cancel = pb.StopDownloadRequest(model=ID, mode=pb.STOP_DOWNLOAD_MODE_CANCEL)
+    stops = [api.stop_download(pause), api.stop_download(cancel), api.stop_download(pause)]
+    calls = [*stops, *(download(api) for _ in range(20))]
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        running = asyncio.gather(*calls, return_exceptions=True)
+        await first
+        gate.opened.set()
+        ends = await running
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        await asyncio.to_thread(wait_until, lambda: not fetchers())
+
+    errors = [end for end in ends if isinstance(end, BaseException)]
+    assert all(isinstance(error, PaddockError) for error in errors)
+    assert {error.reason for error in errors if isinstance(error, PaddockError)} <= {
+        Reason.LOAD_ABORTED,
+        Reason.MODEL_NOT_FOUND,
+    }
+
+
+async def test_a_request_does_not_repeat_a_download_that_cannot_work(api: GrpcApi, hub: FakeHub) -> None:
+    hub.repos[REPO].wrong_hashes = {FILE}
+    request = pb.GenerateRequest(model=NAME, prompt="hi")
+    first = await refused(anext(api.generate(request)))
+    served = hub.served_bytes
+    second = await refused(anext(api.generate(request)))
+
+    assert first.reason == second.reason == Reason.MODEL_CORRUPT
+    assert hub.served_bytes == served
+
+
+async def test_a_caller_who_leaves_a_load_leaves_the_download_and_the_load_running(
+    api: GrpcApi, hub: FakeHub, content: bytes
+) -> None:
+    gate = Gate(hub, len(content) // 2)
+    stream = api.load(pb.LoadRequest(model=NAME))
+    await anext(stream)
+    await gate.wait_reached()
+    await stream.aclose()
+    gate.opened.set()
+
+    await until(api, ID, lambda model: model.state == model_pb2.MODEL_STATE_LOADED)
+
+
+async def test_a_fetcher_without_a_sign_of_life_is_killed() -> None:
+    command = (sys.executable, "-c", "import time; time.sleep(60)")
+    launcher = FetcherLauncher(command, stall_seconds=0.2)
+    messages: list[Message] = []
+
+    with pytest.raises(FetcherStalledError, match=r"0.2 s"):
+        await launcher.run(parse_hub_name(NAME), messages.append)
+
+    assert not [child for child in psutil.Process().children() if "time.sleep(60)" in str(child.cmdline())]
+
+
+async def test_a_fetcher_that_ends_without_a_word_is_told_with_its_last_lines() -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit('no such luck')")
+    messages: list[Message] = []
+
+    with pytest.raises(FetcherCrashedError, match=r"code 1: no such luck"):
+        await FetcherLauncher(command).run(parse_hub_name(NAME), messages.append)
 
 
 async def test_a_cancelled_download_leaves_nothing(

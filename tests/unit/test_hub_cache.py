@@ -116,11 +116,16 @@ def test_a_model_in_a_directory_wins_over_one_of_the_cache(
     (models / "same.gguf").write_bytes(gguf)
     cache.add("org/repo", A, "m-Q8_0.gguf", gguf, "main")
     # No file name has a slash in it, so the two meet only when an id is made otherwise.
-    monkeypatch.setattr("paddock_server.catalog.directory.hub_id", lambda *_: "same")
+    monkeypatch.setattr("paddock_server.catalog.directory.hub_id", _same)
 
     entry = Catalog([models], hub_cache=cache.folder).scan()["same"]
 
     assert entry.hub is None
+
+
+def _same(repo_id: str, revision: str, suffix: str) -> str:
+    del repo_id, revision, suffix
+    return "same"
 
 
 def test_removing_a_model_keeps_the_blob_another_snapshot_links_to(cache: Cache, gguf: bytes) -> None:

@@ -47,6 +47,10 @@ FAILED_MAX: Final = 64
 FETCHERS_MAX: Final = 4
 """Fetchers in a row that stall or crash without a byte of progress before the download fails."""
 
+RETRY_SECONDS: Final = 30.0
+"""Least time before a request begins a download anew that has failed. Whoever asks for the download need not
+wait."""
+
 RATE_SECONDS: Final = 5.0
 """Time over which the rate is measured."""
 
@@ -75,6 +79,9 @@ class Job:
         self.failure: failures.Failure | None = None
         self.failed_at = 0.0
         self.task: asyncio.Task[None] | None = None
+        self.stopping = asyncio.Lock()
+        """Held while it is being paused or cancelled: nobody can join it in between."""
+
         self._samples: deque[tuple[float, int]] = deque()
 
     @property
@@ -206,15 +213,22 @@ class Downloads:
             return self._jobs[ref]
         return next((job for job in self._jobs.values() if job.id == name), None)
 
-    def join(self, ref: HubRef, subscription: Subscription) -> None:
+    def join(self, ref: HubRef, subscription: Subscription, *, for_request: bool = False) -> None:
         """Follow the download of a name; begin or resume it when it does not run.
 
+        `for_request` is for callers who did not ask for a download: they do not resume what was paused, nor
+        repeat at once what has failed.
+
         Raises:
-            PaddockError: QUEUE_FULL; SHUTTING_DOWN.
+            PaddockError: QUEUE_FULL; SHUTTING_DOWN; why it is not resumed.
         """
         if self._closing:
             raise failures.shutting_down().error()
         job = self._jobs.get(ref)
+        if job is not None and job.stopping.locked():
+            raise failures.download_stopped(job.id, paused=True).error()
+        if job is not None and for_request:
+            self._check_resumable(job)
         if job is None:
             active = sum(1 for other in self._jobs.values() if other.is_active)
             if active >= QUEUE_MAX:
@@ -224,29 +238,42 @@ class Downloads:
             self._begin(job)
         job.view.attach(subscription)
 
+    def _check_resumable(self, job: Job) -> None:
+        if job.state is JobState.PAUSED:
+            raise failures.download_stopped(job.id, paused=True).error()
+        if job.state is JobState.FAILED and job.failure is not None:
+            wait = job.failure.error().retry_after_seconds
+            if wait is None or time.time() < job.failed_at + max(wait, RETRY_SECONDS):
+                raise job.failure.error()
+
     async def halt(self, job: Job, *, keep: bool) -> int:
         """Pause a download, or cancel it and remove what has arrived. Returns bytes freed."""
-        await self._halt(job)
-        job.view.fail(failures.download_stopped(job.id, paused=keep))
-        job.view = LoadView(asyncio.get_running_loop().time)
-        job.failure = None
-        if keep:
-            job.state = JobState.PAUSED
-            self._remember()
-            self._changed(job)
+        async with job.stopping:
+            await self._halt(job)
+            if self._jobs.get(job.ref) is not job:
+                return 0  # it ended in this very moment
+            view, job.view = job.view, LoadView(asyncio.get_running_loop().time)
+            view.fail(failures.download_stopped(job.id, paused=keep))
+            job.state, job.failure = JobState.PAUSED, None
+            if keep:
+                self._remember()
+                self._changed(job)
+                return 0
+            freed = await self._remove_partial(job)
+            self._forget(job)
+            return freed
+
+    async def _remove_partial(self, job: Job) -> int:
+        if job.resolved is None:
             return 0
-        freed = 0
-        if job.resolved is not None:
-            shared = {
-                digest
-                for other in self._jobs.values()
-                if other is not job and other.resolved is not None
-                for digest in other.resolved.digests
-            }
-            digests = set(job.resolved.digests) - shared
-            freed = await asyncio.to_thread(remove_partial, self._cache_dir, job.ref.repo_id, digests)
-        self._forget(job)
-        return freed
+        shared = {
+            digest
+            for other in self._jobs.values()
+            if other is not job and other.resolved is not None
+            for digest in other.resolved.digests
+        }
+        digests = set(job.resolved.digests) - shared
+        return await asyncio.to_thread(remove_partial, self._cache_dir, job.ref.repo_id, digests)
 
     async def _halt(self, job: Job) -> None:
         task, job.task = job.task, None

@@ -91,18 +91,19 @@ class HubModels:
                 server does without the hub.
         """
         if source is not None and source.WhichOneof("source") == "hugging_face":
+            self._required()
             ref = _ref_of_source(source.hugging_face)
             if model and not self._is_name_of(model, ref):
                 field = "model"
                 raise InvalidFieldError.of(
                     field, f"must be what source names, {HUB_PREFIX + ref.name!r}, or empty; not {model!r}"
                 )
-        elif model.startswith(HUB_PREFIX):
-            ref = _ref_of_name(model)
-        else:
-            return None
-        self._required()
-        return ref
+            return ref
+        if model.startswith(HUB_PREFIX):
+            self._required()
+            return _ref_of_name(model)
+        job = self._job(model) if source is None and model not in self._tools.actors else None
+        return job.ref if job is not None else None
 
     def _is_name_of(self, model: str, ref: HubRef) -> bool:
         if model == self.find(ref):
@@ -140,26 +141,32 @@ class HubModels:
     ) -> None:
         """Download a model, show how it goes, and call `ready` with its id. A failure goes to the caller."""
         follower = Subscription()
+        failure: failures.Failure | None = failures.internal(ref.name)
         try:
             self._required().join(ref, follower)
             while (event := await follower.next()) is not None:
-                if event.HasField("progress"):
+                if event.HasField("progress") and not subscription.closed:
                     subscription.push(event)
             await ready(self._found(ref))
+            failure = None
         except PaddockError as error:
-            subscription.fail(failures.failure_of(error))
+            failure = failures.failure_of(error)
+        except asyncio.CancelledError:
+            failure = failures.shutting_down()
+            raise
+        finally:
+            if failure is not None:
+                subscription.fail(failure)
 
     async def ensure(self, ref: HubRef) -> str:
-        """Download a model unless it is there, and return its id. Cancelling detaches.
+        """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
         Raises:
-            PaddockError: the download failed.
+            PaddockError: the download failed, or had been paused: a request resumes nothing that an operator
+                has stopped, and does not repeat what cannot work.
         """
-        found = self.find(ref)
-        if found is not None:
-            return found
         follower = Subscription()
-        self._required().join(ref, follower)
+        self._required().join(ref, follower, for_request=True)
         try:
             while await follower.next() is not None:
                 pass
@@ -247,10 +254,7 @@ class HubModels:
 
     async def _finished(self, job: Job) -> None:
         """Make the model of a finished download known."""
-        try:
-            await self._tools.rescan()
-        except CatalogError as error:
-            raise InvalidFieldError.of(error.field, error.message) from error
+        await self._rescan()
         resolved = job.resolved
         if resolved is not None and any(
             actor.entry.hub is not None
@@ -265,6 +269,12 @@ class HubModels:
             f"{file} was downloaded and is no model that can be loaded by itself.",
             metadata={"model": job.id, "file": file},
         )
+
+    async def _rescan(self) -> None:
+        try:
+            await self._tools.rescan()
+        except CatalogError as error:
+            raise make_error(Reason.INTERNAL, f"The models cannot be listed: {error}") from error
 
     # What is shown
 
@@ -328,7 +338,7 @@ class HubModels:
             freed += await self._required().halt(job, keep=False)
         if actor is not None:
             freed += await asyncio.to_thread(self._remove, actor.entry)
-            await self._tools.rescan()
+            await self._rescan()
             closed = asyncio.create_task(actor.closed.wait())
             await asyncio.wait({closed}, timeout=VANISH_SECONDS)
             closed.cancel()

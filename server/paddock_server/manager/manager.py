@@ -230,10 +230,12 @@ class ModelManager:
             async def load(model: str) -> None:
                 (await self._actor_to_load(model)).tell(asked)
 
-            # A task of its own: a caller who goes leaves the download, and the load after it, running.
             found = self.hub.find(ref)
-            work = load(found) if found is not None else self.hub.bring(ref, subscription, load)
-            self._own_task(work, f"load-{ref.name}")
+            if found is not None:
+                await load(found)
+            else:
+                # A task of its own: a caller who goes leaves the download, and the load after it, running.
+                self._own_task(self.hub.bring(ref, subscription, load), f"load-{ref.name}")
         try:
             while (event := await subscription.next()) is not None:
                 yield event
