@@ -3,6 +3,8 @@ no byte that has arrived is fetched again."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
@@ -229,6 +231,23 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     assert caught.value.metadata["needed_bytes"] == str(len(CONTENT))
     assert caught.value.metadata["free_bytes"] == str(HALF)
     assert hub.served_bytes == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_meanwhile_is_told_as_full(
+    hub: FakeHub, fetched: Fetched, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(descriptor: int) -> None:
+        del descriptor
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("paddock_server.downloads.transfer.os.fsync", full)
+
+    with pytest.raises(PaddockError) as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.DISK_FULL
+    assert not fetched.file.exists()
 
 
 def test_offline_nothing_is_asked_and_the_variable_is_named(hub: FakeHub, tmp_path: Path) -> None:

@@ -278,10 +278,11 @@ class ModelManager:
         else:
             allowed = autoload == pb.AUTOLOAD_POLICY_LOAD
         ref = self.hub.ref_of(model, None) if model not in self._actors else None
-        if ref is not None and self.hub.find(ref) is None:
-            if not allowed:
+        if ref is not None:
+            found = self.hub.find(ref)
+            if found is None and not allowed:
                 raise failures.model_not_loaded(model).error()
-            model = await self.hub.ensure(ref)
+            model = found or await self.hub.ensure(ref)
         actor = await self._actor_to_load(model)
         loop = asyncio.get_running_loop()
         caller = Acquiring(loop.create_future(), loop.time())
