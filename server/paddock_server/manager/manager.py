@@ -128,21 +128,22 @@ class ModelManager:
             remember=self._desired.put,
             vanished=self._vanished,
         )
-        self.hub = HubModels(
-            HubTools(
-                cache_dir=config.hub_cache,
-                state_file=config.downloads_file,
-                actors=self._actors,
-                changes=self._changes,
-                rescan=self.rescan,
-                launcher=fetchers or FetcherLauncher(),
-            )
-        )
+        self.hub = HubModels(self._hub_tools(fetchers or FetcherLauncher()))
         """The models of the Hugging Face Hub: downloads and deletion."""
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
         self._closing = False
+
+    def _hub_tools(self, launcher: FetcherLauncher) -> HubTools:
+        return HubTools(
+            cache_dir=self._config.hub_cache,
+            state_file=self._config.downloads_file,
+            actors=self._actors,
+            changes=self._changes,
+            rescan=self.rescan,
+            launcher=launcher,
+        )
 
     # Life
 
