@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from tests.servers import ServerProcess
 
 set_library_environment()  # before anything imports llama_cpp: many tests run it in this process
+os.environ["HF_HOME"] = os.devnull  # the models of whoever runs the tests are none of theirs
+for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,11 @@ async def serving(
     """
     try:
         catalog = await asyncio.to_thread(
-            Catalog, config.model_directories, preset=config.models_preset, config_file=config.config_file
+            Catalog,
+            config.model_directories,
+            preset=config.models_preset,
+            config_file=config.config_file,
+            hub_cache=config.hub_cache,
         )
     except (CatalogError, InvalidConfigError) as error:
         raise StartError(str(error)) from error
@@ -170,15 +174,17 @@ def _manager_config(config: ServerConfig) -> ManagerConfig:
         sleep_timeout_seconds=config.sleep_idle_seconds,
         waiting_requests_max=config.total_queue_limit,
         drain_seconds=config.drain_seconds,
-        state_file=_state_file(config),
+        state_file=_state_file(config, "loads"),
+        hub_cache=config.hub_cache,
+        downloads_file=_state_file(config, "downloads"),
     )
 
 
-def _state_file(config: ServerConfig) -> Path | None:
-    """Return where loads are remembered: one file per gRPC port, so that two servers do not share one."""
+def _state_file(config: ServerConfig, what: str) -> Path | None:
+    """Return where something is remembered: one file per gRPC port, so that two servers do not share one."""
     if config.state_dir is None:
         return None
-    return config.state_dir / f"loads-{config.grpc_port}.json"
+    return config.state_dir / f"{what}-{config.grpc_port}.json"
 
 
 def _warn_when_exposed(host: str) -> None:

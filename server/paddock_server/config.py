@@ -44,6 +44,16 @@ def default_models_dir() -> Path:
     return _own_directory("XDG_DATA_HOME", "share") / "models"
 
 
+def default_hub_cache() -> Path:
+    """Return where huggingface_hub and llama-server keep what they download."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.path.expandvars(os.environ[variable])).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or str(Path(cache) / "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
+
+
 def _own_directory(variable: str, fallback: str) -> Path:
     """Return Paddock's directory in the base directory a variable names, or in `~/.local/FALLBACK`."""
     base = os.environ.get(variable)
@@ -64,6 +74,10 @@ class ServerConfig(BaseSettings):
 
     config_file: Path | None = None
     """The TOML file these settings were read from; its tables of models are the catalog's."""
+
+    hf_cache: bool = True
+    """Whether the Hugging Face Hub's cache is served too, and downloads are offered. It is where
+    huggingface_hub has it: HF_HUB_CACHE, HF_HOME."""
 
     models_max: int = Field(4, ge=0)
     """Most models loaded at once; 0 is no limit."""
@@ -144,6 +158,11 @@ class ServerConfig(BaseSettings):
             return self.models_dir
         default = default_models_dir()
         return (DEMO_DIR, default.resolve()) if default.is_dir() else (DEMO_DIR,)
+
+    @property
+    def hub_cache(self) -> Path | None:
+        """The hub's cache; None when it is not served."""
+        return default_hub_cache() if self.hf_cache else None
 
     @field_validator("models_dir", mode="before")
     @classmethod

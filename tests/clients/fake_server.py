@@ -69,6 +69,9 @@ def make_model(name: str, state: model_pb2.ModelState.ValueType) -> model_pb2.Mo
     return model
 
 
+_STREAMS = ("Load", "Generate", "Watch", "StreamLogs", "Download")
+
+
 @dataclass
 class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     """The servicer. Tests set `error` and read `calls`."""
@@ -93,7 +96,9 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
     """RPCs whose latest stream came to its end or its error by itself."""
 
     def __post_init__(self) -> None:
-        self.cancelled = {rpc: threading.Event() for rpc in ("Load", "Generate", "Watch", "StreamLogs")}
+        self.cancelled = {
+            rpc: threading.Event() for rpc in ("Load", "Generate", "Watch", "StreamLogs", "Download")
+        }
         loaded, unloaded = model_pb2.MODEL_STATE_LOADED, model_pb2.MODEL_STATE_UNLOADED
         self.models = {
             name: make_model(name, state)
@@ -242,11 +247,28 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
         self, request: pb.DownloadRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadResponse]:
         self._begin("Download", request, context)
-        self._abort(make_error(Reason.NOT_IMPLEMENTED, "Not built yet."), context)
+        for completed in (700, 800):
+            advanced = pb.StageAdvanced(
+                fraction=completed / 1000, completed_bytes=completed, total_bytes=1000
+            )
+            yield pb.DownloadResponse(progress=pb.ProgressEvent(stage=pb.STAGE_DOWNLOAD, advanced=advanced))
+        if request.model == "hf:org/stuck":
+            self._wait_for_cancel("Download", context)
+            return
+        self.finished.add("Download")
+        yield pb.DownloadResponse(downloaded=make_model("org/repo:Q4_K_M", model_pb2.MODEL_STATE_UNLOADED))
+
+    def StopDownload(
+        self, request: pb.StopDownloadRequest, context: grpc.ServicerContext
+    ) -> pb.StopDownloadResponse:
+        self._begin("StopDownload", request, context)
+        model = make_model("org/repo:Q4_K_M", model_pb2.MODEL_STATE_UNLOADED)
+        model.download.paused = request.mode == pb.STOP_DOWNLOAD_MODE_PAUSE
+        return pb.StopDownloadResponse(model=model)
 
     def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteResponse:
         self._begin("Delete", request, context)
-        self._abort(make_error(Reason.NOT_IMPLEMENTED, "Not built yet."), context)
+        return pb.DeleteResponse(freed_bytes=0 if request.allow_missing else 1000)
 
     def EstimateMemory(
         self, request: pb.EstimateMemoryRequest, context: grpc.ServicerContext

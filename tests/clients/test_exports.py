@@ -21,6 +21,8 @@ EXPORTED = [
     "ConfigProblem",
     "Device",
     "DeviceMemory",
+    "Download",
+    "DownloadStream",
     "Embeddings",
     "Failure",
     "FieldViolation",

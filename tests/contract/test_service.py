@@ -305,17 +305,6 @@ async def test_tokenize_does_not_load(api: ModelManagerApi) -> None:
     assert caught.value.reason == Reason.MODEL_NOT_LOADED
 
 
-async def test_what_is_not_built_yet_says_so(api: ModelManagerApi) -> None:
-    with pytest.raises(PaddockError, match="--models-dir") as of_download:
-        async with aclosing(api.download(pb.DownloadRequest(model="x"))) as responses:
-            await anext(responses)
-    with pytest.raises(PaddockError) as of_delete:
-        await api.delete(pb.DeleteRequest(model="x"))
-
-    assert of_download.value.reason == of_delete.value.reason == Reason.NOT_IMPLEMENTED
-    assert of_download.value.code.name == "UNIMPLEMENTED"
-
-
 async def test_the_server_describes_itself(api: ModelManagerApi) -> None:
     first = await api.get_server_info(pb.GetServerInfoRequest())
     second = await api.get_server_info(pb.GetServerInfoRequest())

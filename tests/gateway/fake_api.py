@@ -207,6 +207,10 @@ class FakeApi:
         """Not for gateways."""
         _unused(request)
 
+    async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
+        """Not for gateways."""
+        _unused(request)
+
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Not for gateways."""
         _unused(request)

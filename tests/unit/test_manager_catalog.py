@@ -183,7 +183,7 @@ async def test_a_source_that_does_not_match_names_its_field(
     assert not server.launcher.workers
 
 
-async def test_a_hub_source_is_not_implemented_yet(server: Server) -> None:
+async def test_a_server_without_the_hub_s_cache_refuses_a_source_of_the_hub(server: Server) -> None:
     source = model_pb2.ModelSource(hugging_face=model_pb2.HuggingFaceSource(repo_id="x/y"))
     with pytest.raises(PaddockError) as caught:
         await loads(server.manager, "a", source=source)

@@ -10,8 +10,9 @@ import pytest
 
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from paddock_server.manager.desired import State, StateFileError, read_state, write_atomically
+from paddock_server.manager.desired import State, StateFileError, read_state
 from paddock_server.manager.options import Wish
+from paddock_server.state_files import write_atomically
 from tests.unit.manager_fakes import Server, loads, until
 
 if TYPE_CHECKING:

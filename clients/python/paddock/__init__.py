@@ -44,12 +44,13 @@ if TYPE_CHECKING:
         ToolName,
         Usage,
     )
-    from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
+    from paddock.streams import DownloadStream, GenerationStream, LoadStream, LogStream, WatchStream
     from paddock.types import (
         ArtifactState,
         ConfigProblem,
         Device,
         DeviceMemory,
+        Download,
         Failure,
         HuggingFaceSource,
         LoadProgress,
@@ -88,6 +89,8 @@ __all__ = [
     "ConfigProblem",
     "Device",
     "DeviceMemory",
+    "Download",
+    "DownloadStream",
     "Embeddings",
     "Failure",
     "FieldViolation",
@@ -180,12 +183,13 @@ _MODULES: Final = {
         "ToolName",
         "Usage",
     ),
-    "paddock.streams": ("GenerationStream", "LoadStream", "LogStream", "WatchStream"),
+    "paddock.streams": ("DownloadStream", "GenerationStream", "LoadStream", "LogStream", "WatchStream"),
     "paddock.types": (
         "ArtifactState",
         "ConfigProblem",
         "Device",
         "DeviceMemory",
+        "Download",
         "Failure",
         "HuggingFaceSource",
         "LoadProgress",

@@ -78,6 +78,10 @@ class ModelManagerApi(Protocol):
         """Download a model without loading it: `progress* downloaded`."""
         ...
 
+    async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
+        """Pause or cancel a download."""
+        ...
+
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Delete the local files of a model."""
         ...

@@ -18,7 +18,7 @@ from paddock.generation import (
     ToolCall,
     Usage,
 )
-from paddock.streams import GenerationStream, LoadStream, LogStream, WatchStream
+from paddock.streams import DownloadStream, GenerationStream, LoadStream, LogStream, WatchStream
 from paddock.transport import GrpcApi, connect
 from paddock.types import (
     MemoryEstimate,
@@ -182,6 +182,43 @@ class Client:
             pinned: False takes the pin off.
         """
         return convert.model((await self._api.pin(pb.PinRequest(model=model, unpin=not pinned))).model)
+
+    def download(self, model: str = "", *, source: ModelSource | None = None) -> DownloadStream:
+        """Download a model of the Hugging Face Hub without loading it.
+
+        Args:
+            model: `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]`, or the id of such a model.
+            source: The same in parts, instead.
+
+        Returns:
+            A stream of progress. Any number of callers share one download. It goes on from the bytes that are
+            there. Leaving the stream detaches from it; `stop_download` stops it.
+        """
+        return DownloadStream(self._api.download(requests.download_request(model, source=source)))
+
+    async def stop_download(self, model: str, *, keep: bool = True) -> Model:
+        """Stop a download for all who wait for it. Succeeds when it is stopped.
+
+        Args:
+            model: Its id or its name.
+            keep: Keep what has arrived, so that another `download` goes on from there.
+        """
+        mode = pb.STOP_DOWNLOAD_MODE_PAUSE if keep else pb.STOP_DOWNLOAD_MODE_CANCEL
+        response = await self._api.stop_download(pb.StopDownloadRequest(model=model, mode=mode))
+        return convert.model(response.model)
+
+    async def delete(self, model: str, *, allow_missing: bool = False) -> int:
+        """Delete the files of an unloaded model of the hub.
+
+        Args:
+            model: Its id or its name.
+            allow_missing: Succeed when there is no such model.
+
+        Returns:
+            Bytes freed: files that another revision uses stay.
+        """
+        request = pb.DeleteRequest(model=model, allow_missing=allow_missing)
+        return (await self._api.delete(request)).freed_bytes
 
     async def list(self, *, states: Iterable[ModelState] = ()) -> tuple[Model, ...]:
         """Return the models of the server, ordered by id.

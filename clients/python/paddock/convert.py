@@ -113,6 +113,7 @@ def model(message: model_pb2.Model) -> types.Model:
         description=message.description,
         group=message.group,
         load_on_startup=message.load_on_startup,
+        download=_download(message.download) if message.HasField("download") else None,
     )
 
 
@@ -299,6 +300,16 @@ def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.Serve
 def _memory(message: model_pb2.MemoryCharge) -> types.MemoryCharge:
     return types.MemoryCharge(
         phase=_MEMORY_PHASES.get(message.phase, MemoryPhase.UNKNOWN), bytes=dict(message.bytes)
+    )
+
+
+def _download(message: model_pb2.Download) -> types.Download:
+    return types.Download(
+        completed_bytes=message.completed_bytes,
+        total_bytes=message.total_bytes,
+        bytes_per_second=message.bytes_per_second,
+        paused=message.paused,
+        failure=failure(message.failure) if message.HasField("failure") else None,
     )
 
 

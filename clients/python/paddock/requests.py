@@ -67,6 +67,11 @@ def estimate_request(
     )
 
 
+def download_request(model: str, *, source: ModelSource | None) -> model_manager_pb2.DownloadRequest:
+    """Make the request of `Download`."""
+    return model_manager_pb2.DownloadRequest(model=model, source=_source(source) if source else None)
+
+
 def generate_request(
     model: str, prompt: Prompt, options: GenerateOptions
 ) -> model_manager_pb2.GenerateRequest:

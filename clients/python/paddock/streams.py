@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from paddock.v1 import model_manager_pb2 as pb
+    from paddock.v1 import model_pb2
 
 MessageT = TypeVar("MessageT")
 ItemT = TypeVar("ItemT")
@@ -100,6 +101,38 @@ class LoadStream(Stream["pb.LoadResponse", LoadProgress]):
                 case _:  # a kind this client does not know
                     pass
         _check_terminal(self._loaded, "Load", "loaded")
+
+
+class DownloadStream(Stream["pb.DownloadResponse", LoadProgress]):
+    """The progress of a download. Leaving it detaches; `Client.stop_download` stops the download."""
+
+    def __init__(self, messages: AsyncGenerator[pb.DownloadResponse]) -> None:
+        super().__init__(messages)
+        self._downloaded: model_pb2.Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """The model whose files are there. Only after the last event."""
+        return convert.model(_ended(self._downloaded, "model"))
+
+    async def wait(self) -> Model:
+        """Skip the progress and return the model."""
+        async for _ in self:
+            pass
+        return self.model
+
+    async def _read(self) -> AsyncGenerator[LoadProgress]:
+        async for message in self._messages:
+            match message.WhichOneof("event"):
+                case "progress":
+                    progress = convert.load_progress(message.progress)
+                    if progress is not None:
+                        yield progress
+                case "downloaded":
+                    self._downloaded = message.downloaded
+                case _:  # a kind this client does not know
+                    pass
+        _check_terminal(self._downloaded, "Download", "downloaded")
 
 
 class GenerationStream(Stream["pb.GenerateResponse", Chunk]):

@@ -143,6 +143,10 @@ class GrpcApi:
         """Download a model without loading it: `progress* downloaded`."""
         return _stream(self._stub.Download, request)
 
+    async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
+        """Pause or cancel a download."""
+        return await _unary(self._stub.StopDownload, request)
+
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Delete the local files of a model."""
         return await _unary(self._stub.Delete, request)

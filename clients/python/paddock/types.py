@@ -188,6 +188,21 @@ class MemoryCharge:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """A download of a model's files, while it is not done."""
+
+    completed_bytes: int
+    """Bytes on disk, counting those of earlier attempts."""
+    total_bytes: int
+    """Bytes of all files; 0 until the repository has been listed."""
+    bytes_per_second: int
+    """Bytes that arrive now; 0 when none do."""
+    paused: bool
+    failure: Failure | None
+    """Why it failed; `None` while it runs, waits or is paused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A model the server knows."""
 
@@ -213,6 +228,8 @@ class Model:
     """Requests that use it now."""
     waiting_request_count: int = 0
     """Requests that wait for it to be loaded."""
+    download: Download | None = None
+    """The download of its files; `None` when there is none."""
     aliases: tuple[str, ...] = ()
     """Other names requests may use."""
     tags: tuple[str, ...] = ()

@@ -1,5 +1,5 @@
-"""The models there are: on disk (a bounded GGUF header reader, the scan of the model directories), and as the
-configuration files have them.
+"""The models there are: on disk (a bounded GGUF header reader, the scan of model directories and of the hub's
+cache), and as the configuration files have them.
 
 Nothing here is asynchronous; call it from a thread.
 """
@@ -13,6 +13,8 @@ from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
 from paddock_server.catalog.ggml_types import CACHE_TYPE_NAMES, TENSOR_TYPES, TensorType
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
+from paddock_server.catalog.hub_cache import HubOrigin
+from paddock_server.catalog.hub_names import HubNameError, HubRef, hub_ref, parse_hub_name
 from paddock_server.catalog.roots import CatalogError
 from paddock_server.catalog.setup import DEFAULT_SETUP, NO_DEFAULTS, ModelSetup, Origin, RequestDefaults
 from paddock_server.catalog.weights import TensorGroup, Weights, repacked_bytes
@@ -28,6 +30,9 @@ __all__ = [
     "CatalogProblem",
     "GgufError",
     "GgufHeader",
+    "HubNameError",
+    "HubOrigin",
+    "HubRef",
     "InvalidConfigError",
     "ModelFacts",
     "ModelSetup",
@@ -43,8 +48,10 @@ __all__ = [
     "UnsupportedGgufError",
     "Weights",
     "file_problems",
+    "hub_ref",
     "merged_facts",
     "model_facts",
+    "parse_hub_name",
     "read_header",
     "repacked_bytes",
 ]

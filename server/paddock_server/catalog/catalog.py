@@ -15,6 +15,7 @@ from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.directory import ModelDirectories
 from paddock_server.catalog.entries import CatalogEntry
 from paddock_server.catalog.entries import problem as file_problem
+from paddock_server.catalog.hub_names import HubNameError, NoSuchFileError, choose_model, parse_hub_name
 from paddock_server.catalog.merge import Merged, merge
 from paddock_server.catalog.roots import CatalogError, exists
 from paddock_server.catalog.setup import Origin
@@ -31,14 +32,15 @@ class Catalog:
         *,
         preset: Path | None = None,
         config_file: Path | None = None,
+        hub_cache: Path | None = None,
     ) -> None:
-        """Read the configuration files, lowest precedence first.
+        """Read the configuration files, lowest precedence first. The hub's cache need not exist.
 
         Raises:
             CatalogError: a directory cannot be listed.
             InvalidConfigError: a file does not validate.
         """
-        self._directories = ModelDirectories(directories)
+        self._directories = ModelDirectories(directories, hub_cache=hub_cache)
         self._readers: tuple[tuple[Path, Callable[[str, str, Path], ConfiguredModels]], ...] = tuple(
             (path, read)
             for path, read in ((preset, read_preset), (config_file, read_toml))
@@ -88,32 +90,27 @@ class Catalog:
 
     def _merged(self, configured: Sequence[ConfiguredModels]) -> Merged:
         on_disk = self._directories.scan()
-        by_path = {entry.path: entry for entry in on_disk.values() if entry.problem is None}
+        cached = self._directories.scan_hub()
+        known = _Known(on_disk, cached)
         files = {
             model.place: entry
             for one in configured
             for model in one.models
-            if (entry := self._named_file(one.folder, model, on_disk, by_path)) is not None
+            if (entry := self._named_file(one.folder, model, known)) is not None
         }
-        return merge({Origin.MODELS_DIR: on_disk}, configured, files)
+        return merge({Origin.HUB_CACHE: cached, Origin.MODELS_DIR: on_disk}, configured, files)
 
-    def _named_file(
-        self,
-        folder: Path,
-        model: Definition,
-        on_disk: Mapping[str, CatalogEntry],
-        by_path: Mapping[Path, CatalogEntry],
-    ) -> CatalogEntry | None:
+    def _named_file(self, folder: Path, model: Definition, known: _Known) -> CatalogEntry | None:
         """The file a section names; None where it names none."""
         path, hub, projector = (model.settings.get(name) for name in ("path", "hf", "mmproj"))
         entry: CatalogEntry | None = None
         if path is not None:
             named = self._place_of(folder, str(path.value))
-            entry = by_path.get(named) or self._directories.entry_of(named)
+            entry = known.by_path.get(named) or self._directories.entry_of(named)
         elif hub is not None:
-            entry = _not_downloaded(str(hub.value))
+            entry = known.of_hub(str(hub.value)) or _not_downloaded(str(hub.value))
         elif projector is not None:
-            entry = on_disk.get(model.name)
+            entry = known.on_disk.get(model.name)
         if entry is not None and projector is not None:
             named = self._place_of(folder, str(projector.value))
             entry = self._directories.with_projector(entry, named)
@@ -127,6 +124,31 @@ class Catalog:
         places = [folder / path, *(root / path for root in self._directories.paths)]
         found = next((place for place in places if exists(place)), places[0])
         return Path(os.path.realpath(found.parent)) / found.name
+
+
+class _Known:
+    """What a scan has found, as sections of configuration files ask for it."""
+
+    def __init__(self, on_disk: Mapping[str, CatalogEntry], cached: Mapping[str, CatalogEntry]) -> None:
+        self.on_disk = on_disk
+        self.by_path = {entry.path: entry for entry in on_disk.values() if entry.problem is None}
+        self._cached = cached
+
+    def of_hub(self, name: str) -> CatalogEntry | None:
+        """The model in the hub's cache that a name means, as llama-server's `hf-repo` writes it."""
+        try:
+            ref = parse_hub_name(name)
+        except HubNameError:
+            return None
+        files = {
+            entry.hub.file: entry
+            for entry in self._cached.values()
+            if entry.hub is not None and entry.hub.repo_id == ref.repo_id and entry.hub.is_at(ref.revision)
+        }
+        try:
+            return files[choose_model(files, ref.pattern)]
+        except NoSuchFileError:
+            return None
 
 
 def _kept(known: CatalogEntry | None, entry: CatalogEntry) -> CatalogEntry:

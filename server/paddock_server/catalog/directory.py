@@ -1,4 +1,4 @@
-"""The models in the configured directories: which there are, what they are, and what is wrong with them.
+"""The models on this machine: which there are, what they are, and what is wrong with them.
 
 A file directly in a model directory is called by its name without the suffix, a model in a folder by the path
 of the folder, and of several models in one folder each by the path of the folder and its own name.
@@ -19,6 +19,8 @@ from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError, displ
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem, conflict, problem
 from paddock_server.catalog.facts import ModelFacts, merged_facts, model_facts
 from paddock_server.catalog.gguf import read_header
+from paddock_server.catalog.hub_cache import HubOrigin, Snapshot, snapshots
+from paddock_server.catalog.hub_names import choose_projector, hub_id, is_model_file, quant_tag
 from paddock_server.catalog.roots import (
     LOCAL_PATH_FIELD,
     MODEL_SUFFIX,
@@ -61,11 +63,16 @@ class _Role(Enum):
 
 
 class ModelDirectories:
-    """The model directories. Every method reads files, so call it from a thread; threads take turns."""
+    """The model directories and the hub's cache. Every method reads files, so call it from a thread; threads
+    take turns."""
 
-    def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
-        """Fails with CatalogError where a directory cannot be listed."""
+    def __init__(
+        self, directories: Sequence[str | os.PathLike[str]], *, hub_cache: Path | None = None
+    ) -> None:
+        """`hub_cache` is the hub's cache, which need not exist. Fails with CatalogError where a directory
+        cannot be listed."""
         self._roots = ModelRoots(directories)
+        self._hub_cache = hub_cache
         self._known: dict[Path, _Known] = {}
         self._lock = threading.Lock()
 
@@ -92,6 +99,17 @@ class ModelDirectories:
             id_: entries[0] if len(entries) == 1 else conflict(id_, entries)
             for id_, entries in sorted(found.items())
         }
+
+    def scan_hub(self) -> dict[str, CatalogEntry]:
+        """All models in the hub's cache by id."""
+        if self._hub_cache is None:
+            return {}
+        with self._lock:
+            return {
+                entry.id: entry
+                for snapshot in snapshots(self._hub_cache)
+                for entry in self._snapshot_entries(snapshot)
+            }
 
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory: a file, any shard of a set, or a folder.
@@ -157,6 +175,28 @@ class ModelDirectories:
                 yield self._group_entry(group.stem, group, None)
         for folder in listing.folders:
             yield from self._tree_entries(folder, root, ())
+
+    def _snapshot_entries(self, snapshot: Snapshot) -> Iterator[CatalogEntry]:
+        """Yield the models of a snapshot. Of several with one quantization, the first by path is named after
+        it and the others after their files."""
+        found = {file.relative: file for files in snapshot.folders.values() for file in files}
+        tags: set[str] = set()
+        for files in snapshot.folders.values():
+            for group in grouped(files):
+                file = group.first.relative
+                # A set that is not whole is one that somebody is downloading, or has stopped to.
+                if group.set_fault() is not None or not is_model_file(file):
+                    continue
+                if self._role(group.first) is not _Role.MODEL:
+                    continue
+                tag = quant_tag(file)
+                suffix = tag if tag and tag not in tags else file
+                tags.add(tag)
+                origin = HubOrigin(snapshot.repo_id, snapshot.commit, snapshot.revisions, file)
+                projector = choose_projector(found, file)
+                entry = self._group_entry(group.stem, group, None if projector is None else found[projector])
+                id_ = hub_id(snapshot.repo_id, origin.revision, without_control_characters(suffix))
+                yield replace(entry, id=id_, hub=origin)
 
     def _tree_entries(self, folder: FoundPath, root: Path, above: tuple[int, ...]) -> Iterator[CatalogEntry]:
         """The models in a folder and in those below it. `above` are the inodes of the folders around it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from paddock.errors import Reason
 from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.facts import ModelFacts
+from paddock_server.catalog.hub_cache import HubOrigin
 from paddock_server.catalog.setup import DEFAULT_SETUP, ModelSetup
 
 
@@ -34,13 +35,14 @@ def problem(reason: Reason, file: str, what: str, where: int | str) -> CatalogPr
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One model in a directory.
+    """One model in a directory or in the hub's cache.
 
     `path` is the file to load, the first shard of a set; where a problem stands in the way, it may be a
     folder or missing. `shard_paths` are all files of the model in their order, `size_bytes` their size
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
-    `relative_path` is `path` as a LocalSource names it, or the whole path where it lies outside the model
-    directories. Exactly one of `facts` and `problem` is set.
+    `relative_path` is `path` as a LocalSource names it, the whole path where it lies outside the model
+    directories, or the path in the repository of a model of the hub, which alone has a `hub`. Exactly one of
+    `facts` and `problem` is set.
     `projector` are the facts of `mmproj_path`, where it could be read. `setup` is what its sources say of it.
     """
 
@@ -55,6 +57,7 @@ class CatalogEntry:
     problem: CatalogProblem | None
     projector: ModelFacts | None = None
     setup: ModelSetup = DEFAULT_SETUP
+    hub: HubOrigin | None = None
 
 
 def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:

@@ -80,3 +80,9 @@ class ManagerConfig:
 
     state_file: Path | None = None
     """Where operators' loads are kept over a restart; None keeps them nowhere."""
+
+    hub_cache: Path | None = None
+    """The Hugging Face Hub's cache, where downloads go; None does without the hub."""
+
+    downloads_file: Path | None = None
+    """Where unfinished downloads are kept over a restart; None keeps them nowhere."""

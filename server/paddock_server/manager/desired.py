@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from paddock_server.manager.options import Options, Wish, stored_wish
+from paddock_server.state_files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -166,22 +167,3 @@ def _model_name(value: Any) -> str:
         message = f"{value!r} is not the name of a model"
         raise TypeError(message)
     return value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, and have it on the disk before returning."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -248,6 +248,31 @@ def no_room_beside_pinned(model: str, pinned: Sequence[str], figures: Mapping[st
     )
 
 
+def too_many_downloads(model: str, count: int) -> Failure:
+    """Return the refusal of a download that would be one too many."""
+    return Failure(
+        Reason.QUEUE_FULL,
+        f"{count} downloads run or wait already, so {model!r} is not queued as well.",
+        {"model": model, "downloads": str(count)},
+        retry_after_seconds=DEFAULT_RETRY_SECONDS,
+    )
+
+
+def download_stopped(model: str, *, paused: bool) -> Failure:
+    """Return what callers are told who wait for a download that somebody stops."""
+    what = "paused; Download or Load resumes it" if paused else "cancelled, and what had arrived removed"
+    return Failure(
+        Reason.LOAD_ABORTED,
+        f"The download of {model!r} was {what}.",
+        {"model": model, "paused": str(paused).lower()},
+    )
+
+
+def not_deleted(model: str, why: str) -> Failure:
+    """Return the refusal to delete a model; `why` says what it is in use for and what ends that."""
+    return Failure(Reason.MODEL_IN_USE, f"Model {model!r} is not deleted: {why}.", {"model": model})
+
+
 def shutting_down() -> Failure:
     """Return what calls are told while the server stops."""
     return Failure(

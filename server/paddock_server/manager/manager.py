@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError, Reason, make_error
+from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import NO_DEFAULTS, CatalogError, InvalidConfigError
+from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
 from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.hub import HubModels, HubTools
 from paddock_server.manager.loop import ManagerLoop
 from paddock_server.manager.messages import (
     AcquireAsked,
@@ -87,8 +89,9 @@ class ModelManager:
         launcher: WorkerLauncher,
         config: ManagerConfig,
         admission: Admission | None = None,
+        fetchers: FetcherLauncher | None = None,
     ) -> None:
-        """`admission` is by default the plain limit of `config.models_max`."""
+        """`admission` is by default the plain limit of `config.models_max`, `fetchers` real processes."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
@@ -128,11 +131,23 @@ class ModelManager:
             remember=self._desired.put,
             vanished=self._vanished,
         )
+        self.hub = HubModels(self._hub_tools(fetchers or FetcherLauncher()))
+        """The models of the Hugging Face Hub: downloads and deletion."""
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
         self._waiting = 0
         self._closing = False
+
+    def _hub_tools(self, launcher: FetcherLauncher) -> HubTools:
+        return HubTools(
+            cache_dir=self._config.hub_cache,
+            state_file=self._config.downloads_file,
+            actors=self._actors,
+            changes=self._changes,
+            rescan=self.rescan,
+            launcher=launcher,
+        )
 
     # Life
 
@@ -148,10 +163,12 @@ class ModelManager:
         self._writer = self._own_task(self._desired.run(), "desired-loads")
         self._replay()
         self._load_on_startup()
+        await self.hub.start()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
         self._closing = True
+        await self.hub.stop()
         actors = list(self._actors.values())
         for actor in actors:
             actor.tell(CloseAsked(drain_seconds))
@@ -210,17 +227,28 @@ class ModelManager:
             PaddockError: the load failed or was refused.
         """
         wish = wish_of(request.runtime_options)
-        actor = await self._load_target(request)
         timeout = request.load_timeout
         subscription = Subscription()
-        actor.tell(
-            LoadAsked(
-                subscription,
-                wish,
-                conflict=_CONFLICTS[request.conflict_policy],
-                timeout_seconds=timeout.ToNanoseconds() / 1e9 if request.HasField("load_timeout") else None,
-            )
+        asked = LoadAsked(
+            subscription,
+            wish,
+            conflict=_CONFLICTS[request.conflict_policy],
+            timeout_seconds=timeout.ToNanoseconds() / 1e9 if request.HasField("load_timeout") else None,
         )
+        ref = self.hub.ref_of(request.model, request.source if request.HasField("source") else None)
+        if ref is None:
+            (await self._load_target(request)).tell(asked)
+        else:
+
+            async def load(model: str) -> None:
+                (await self._actor_to_load(model)).tell(asked)
+
+            found = self.hub.find(ref)
+            if found is not None:
+                await load(found)
+            else:
+                # A task of its own: a caller who goes leaves the download, and the load after it, running.
+                self._own_task(self.hub.bring(ref, subscription, load), f"load-{ref.name}")
         try:
             while (event := await subscription.next()) is not None:
                 yield event
@@ -303,15 +331,21 @@ class ModelManager:
         Raises:
             PaddockError: there is no such model, it may not or cannot be loaded, or too many wait for it.
         """
-        actor = await self._actor_to_load(model)
-        loop = asyncio.get_running_loop()
-        if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
-            raise failures.too_many_requests_wait(model, self._waiting).error()
-        caller = Acquiring(loop.create_future(), loop.time(), keep_alive_seconds)
         if autoload == pb.AUTOLOAD_POLICY_UNSPECIFIED:
             allowed = self._config.autoload
         else:
             allowed = autoload == pb.AUTOLOAD_POLICY_LOAD
+        ref = self.hub.ref_of(model, None) if self._id_of(model) not in self._actors else None
+        if ref is not None:
+            found = self.hub.find(ref)
+            if found is None and not allowed:
+                raise failures.model_not_loaded(model).error()
+            model = found or await self.hub.ensure(ref)
+        actor = await self._actor_to_load(model)
+        if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
+            raise failures.too_many_requests_wait(model, self._waiting).error()
+        loop = asyncio.get_running_loop()
+        caller = Acquiring(loop.create_future(), loop.time(), keep_alive_seconds)
         actor.tell(AcquireAsked(caller, allowed))
         self._waiting += 1
         try:
@@ -332,18 +366,24 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND.
         """
-        return (await self._actor(model)).snapshot()
+        if self._id_of(model) not in self._actors and (pending := self.hub.pending(model)) is not None:
+            return pending
+        return self.hub.completed((await self._actor(model)).snapshot())
 
     def listing(self) -> Listing:
         """Return what List shows, ordered by id, without making a message of any model yet."""
-        ids = sorted(model for model, actor in self._actors.items() if not actor.entry.setup.hidden)
-        return Listing(ids, self._state_of, self._model_of, self._changes.revision)
+        shown = {model for model, actor in self._actors.items() if not actor.entry.setup.hidden}
+        downloads = self.hub.unlisted()
 
-    def _state_of(self, model: str) -> model_pb2.ModelState.ValueType:
-        return public_state(self._actors[model].state)
+        def state_of(model: str) -> model_pb2.ModelState.ValueType:
+            return downloads[model].state if model in downloads else public_state(self._actors[model].state)
 
-    def _model_of(self, model: str) -> model_pb2.Model:
-        return self._actors[model].snapshot()
+        def model_of(model: str) -> model_pb2.Model:
+            if model in downloads:
+                return downloads[model]
+            return self.hub.completed(self._actors[model].snapshot())
+
+        return Listing(sorted(shown | downloads.keys()), state_of, model_of, self._changes.revision)
 
     def default_model(self) -> str:
         """Return the model of requests that name none; empty when there is none."""
@@ -419,7 +459,8 @@ class ModelManager:
             raise ModelNotFoundError.of(model) from None
 
     def _id_of(self, name: str) -> str:
-        return self._names.get(name, name)
+        known = self._names.get(name, name)
+        return known if known in self._actors else self.hub.id_of(known)
 
     async def _actor_to_load(self, model: str) -> Actor:
         """Return the actor of a model to load; the file of a broken one may be another by now."""
@@ -508,18 +549,10 @@ class ModelManager:
         """Return the actor a `LoadRequest` means, after checking its source."""
         if not request.HasField("source"):
             return await self._actor_to_load(request.model)
-        match request.source.WhichOneof("source"):
-            case "local":
-                path = request.source.local.path
-            case "hugging_face":
-                raise make_error(
-                    Reason.NOT_IMPLEMENTED,
-                    "This server cannot download models yet. Put the file into a model directory and name it "
-                    "with source.local, or leave source out.",
-                )
-            case None:
-                msg = "source"
-                raise InvalidFieldError.of(msg, "must hold local; or leave it out")
+        path = request.source.local.path
+        if not request.source.HasField("local"):
+            msg = "source"
+            raise InvalidFieldError.of(msg, "must hold local or hugging_face; or leave it out")
         try:
             entry = await asyncio.to_thread(self._catalog.resolve_local, path)
         except CatalogError as error:
@@ -536,7 +569,7 @@ class ModelManager:
         return actor
 
     def _models(self) -> list[model_pb2.Model]:
-        return [self._actors[model].snapshot() for model in sorted(self._actors)]
+        return self.hub.all(actor.snapshot() for actor in self._actors.values())
 
     def _vanished(self, model: str) -> None:
         self._actors.pop(model).log_ring.close()

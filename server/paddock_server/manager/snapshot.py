@@ -101,7 +101,11 @@ def model_proto(
         pinned=state.terms.pinned,
         priority=state.terms.priority,
     )
-    model.source.local.path = entry.relative_path
+    if entry.hub is not None:
+        hub = model.source.hugging_face
+        hub.repo_id, hub.revision, hub.file_pattern = entry.hub.repo_id, entry.hub.commit, entry.hub.file
+    else:
+        model.source.local.path = entry.relative_path
     _add_setup(model, entry.setup)
     if entry.facts is not None:
         model.info.CopyFrom(_info(entry.facts, entry.projector))

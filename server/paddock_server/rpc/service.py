@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.memory import MachineWatch
 from paddock_server.rpc import validate
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
-FEATURES: Final = ("embeddings", "estimate", "logs", "tokenize")
+FEATURES: Final = ("downloads", "embeddings", "estimate", "logs", "tokenize")
 """Optional features `GetServerInfo` reports."""
 
 
@@ -148,21 +147,24 @@ class ModelManagerService:
                 yield response
 
     async def download(self, request: pb.DownloadRequest) -> AsyncGenerator[pb.DownloadResponse]:
-        """Answer NOT_IMPLEMENTED: downloads are not built yet."""
-        validate.model_name(request.model)
-        raise make_error(
-            Reason.NOT_IMPLEMENTED,
-            "This server cannot download models yet. Put the GGUF file into a directory of --models-dir.",
-        )
-        yield pb.DownloadResponse()  # pyright: ignore[reportUnreachable]  # makes this a generator
+        """See `ModelManagerApi.download`."""
+        validate.download(request)
+        structlog.contextvars.bind_contextvars(model=request.model or request.source.hugging_face.repo_id)
+        async with aclosing(self._manager.hub.download(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
+        """See `ModelManagerApi.stop_download`."""
+        validate.stop_download(request)
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await self._manager.hub.stop_download(request)
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
-        """Answer NOT_IMPLEMENTED: deleting files is not built yet."""
+        """See `ModelManagerApi.delete`."""
         validate.model_name(request.model)
-        raise make_error(
-            Reason.NOT_IMPLEMENTED,
-            "This server cannot delete models yet. Unload the model and remove its files by hand.",
-        )
+        structlog.contextvars.bind_contextvars(model=request.model)
+        return await self._manager.hub.delete(request)
 
     async def estimate_memory(self, request: pb.EstimateMemoryRequest) -> pb.EstimateMemoryResponse:
         """See `ModelManagerApi.estimate_memory`."""

@@ -85,6 +85,10 @@ class ModelManagerServicer(model_manager_pb2_grpc.ModelManagerServicer):
         """Stream a download."""
         return self._service.download(request)
 
+    async def StopDownload(self, request: pb.StopDownloadRequest, context: Any) -> pb.StopDownloadResponse:
+        """Pause or cancel a download."""
+        return await self._service.stop_download(request)
+
     async def Delete(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteResponse:
         """Delete a model's files."""
         return await self._service.delete(request)

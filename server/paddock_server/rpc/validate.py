@@ -55,6 +55,18 @@ def load(request: pb.LoadRequest) -> None:
         _positive_duration("load_timeout", request.load_timeout)
 
 
+def download(request: pb.DownloadRequest) -> None:
+    """Check a `DownloadRequest`. Names of the hub are checked where they are read."""
+    if request.model or not request.HasField("source"):
+        model_name(request.model)
+
+
+def stop_download(request: pb.StopDownloadRequest) -> None:
+    """Check a `StopDownloadRequest`."""
+    model_name(request.model)
+    _known_enum("mode", request.mode, pb.StopDownloadMode.values(), unspecified=False)
+
+
 def unload(request: pb.UnloadRequest) -> None:
     """Check an `UnloadRequest`."""
     model_name(request.model)

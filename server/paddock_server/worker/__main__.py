@@ -10,7 +10,6 @@ The server starts it, connected by an inherited stream socket, and is the only o
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import os
 import re
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from paddock_server.worker.connection import Connection, ServerGoneError
 from paddock_server.worker.environment import set_library_environment
 from paddock_server.worker.framing import PROTOCOL_VERSION
+from paddock_server.worker.parent import die_with_parent
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ EXIT_BUG: Final = 70
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread may keep the interpreter from the engine; Python's 5 ms are a step of a small model."""
 
-_PR_SET_PDEATHSIG: Final = 1
-
 
 def main() -> NoReturn:
     """Run a worker until there is nothing left to work for."""
@@ -47,7 +45,7 @@ def main() -> NoReturn:
     parser.add_argument("--parent-pid", type=int, required=True, help="process id of the server")
     arguments = parser.parse_args()
 
-    _die_with_parent(arguments.parent_pid)
+    die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: _exit(0))
     sys.excepthook = _on_uncaught
     threading.excepthook = lambda hook: _on_uncaught(hook.exc_type, hook.exc_value, hook.exc_traceback)
@@ -79,14 +77,6 @@ def _serve(connection: Connection) -> None:
     log.install()
     llama.init_backend()
     WorkerProcess(connection, log, exit_process=_exit).serve()
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process when the server ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before
-        _exit(0)
 
 
 def _engine_name() -> str:

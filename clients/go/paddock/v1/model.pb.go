@@ -383,6 +383,9 @@ type Model struct {
 	Priority int32 `protobuf:"varint,23,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Where the server knows it from: of several sources the one that counts.
 	Origin ModelOrigin `protobuf:"varint,24,opt,name=origin,proto3,enum=paddock.v1.ModelOrigin" json:"origin,omitempty"`
+	// The download of the files. Unset when there is none; stays after one that
+	// was paused or has failed.
+	Download *Download `protobuf:"bytes,25,opt,name=download,proto3" json:"download,omitempty"`
 	// What the configuration says it is, for a person.
 	Description string `protobuf:"bytes,26,opt,name=description,proto3" json:"description,omitempty"`
 	// Group it is in. Of an exclusive one only one model is in memory at a time.
@@ -570,6 +573,13 @@ func (x *Model) GetOrigin() ModelOrigin {
 	return ModelOrigin_MODEL_ORIGIN_UNSPECIFIED
 }
 
+func (x *Model) GetDownload() *Download {
+	if x != nil {
+		return x.Download
+	}
+	return nil
+}
+
 func (x *Model) GetDescription() string {
 	if x != nil {
 		return x.Description
@@ -646,6 +656,89 @@ func (x *MemoryCharge) GetBytes() map[string]int64 {
 	return nil
 }
 
+// A download of a model's files.
+type Download struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Bytes on disk, counting those of earlier attempts. Not verified yet.
+	CompletedBytes int64 `protobuf:"varint,1,opt,name=completed_bytes,json=completedBytes,proto3" json:"completed_bytes,omitempty"`
+	// Bytes of all files. Zero until the repository has been listed.
+	TotalBytes int64 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	// Bytes per second that arrive now. Zero when none do.
+	BytesPerSecond int64 `protobuf:"varint,3,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	// Whether somebody paused it. Calling `Download` or `Load` again resumes.
+	Paused bool `protobuf:"varint,4,opt,name=paused,proto3" json:"paused,omitempty"`
+	// Why it failed. Unset while it runs, waits or is paused. Calling `Download`
+	// or `Load` again resumes.
+	Failure       *Failure `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Download) Reset() {
+	*x = Download{}
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Download) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Download) ProtoMessage() {}
+
+func (x *Download) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Download.ProtoReflect.Descriptor instead.
+func (*Download) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Download) GetCompletedBytes() int64 {
+	if x != nil {
+		return x.CompletedBytes
+	}
+	return 0
+}
+
+func (x *Download) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *Download) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *Download) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *Download) GetFailure() *Failure {
+	if x != nil {
+		return x.Failure
+	}
+	return nil
+}
+
 // Where to get the model files.
 type ModelSource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -662,7 +755,7 @@ type ModelSource struct {
 
 func (x *ModelSource) Reset() {
 	*x = ModelSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -674,7 +767,7 @@ func (x *ModelSource) String() string {
 func (*ModelSource) ProtoMessage() {}
 
 func (x *ModelSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[2]
+	mi := &file_paddock_v1_model_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -687,7 +780,7 @@ func (x *ModelSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSource.ProtoReflect.Descriptor instead.
 func (*ModelSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{2}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ModelSource) GetSource() isModelSource_Source {
@@ -741,8 +834,9 @@ type HuggingFaceSource struct {
 	// Branch, tag or commit. Defaults to `main`. The server resolves it to a
 	// commit once per load and reports the commit here.
 	Revision string `protobuf:"bytes,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	// File name or glob that selects one GGUF file or one set of shards, for
-	// example `*q4_k_m.gguf`. Required.
+	// File name, glob or quantization tag that selects one GGUF file or one set
+	// of shards, for example `*q4_k_m.gguf` or `Q4_K_M`. Unset takes `Q4_K_M`,
+	// else `Q8_0`, else the first model of the repository.
 	FilePattern   string `protobuf:"bytes,3,opt,name=file_pattern,json=filePattern,proto3" json:"file_pattern,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -750,7 +844,7 @@ type HuggingFaceSource struct {
 
 func (x *HuggingFaceSource) Reset() {
 	*x = HuggingFaceSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +856,7 @@ func (x *HuggingFaceSource) String() string {
 func (*HuggingFaceSource) ProtoMessage() {}
 
 func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[3]
+	mi := &file_paddock_v1_model_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +869,7 @@ func (x *HuggingFaceSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HuggingFaceSource.ProtoReflect.Descriptor instead.
 func (*HuggingFaceSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{3}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *HuggingFaceSource) GetRepoId() string {
@@ -811,7 +905,7 @@ type LocalSource struct {
 
 func (x *LocalSource) Reset() {
 	*x = LocalSource{}
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +917,7 @@ func (x *LocalSource) String() string {
 func (*LocalSource) ProtoMessage() {}
 
 func (x *LocalSource) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[4]
+	mi := &file_paddock_v1_model_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +930,7 @@ func (x *LocalSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalSource.ProtoReflect.Descriptor instead.
 func (*LocalSource) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{4}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *LocalSource) GetPath() string {
@@ -878,7 +972,7 @@ type RuntimeOptions struct {
 
 func (x *RuntimeOptions) Reset() {
 	*x = RuntimeOptions{}
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -890,7 +984,7 @@ func (x *RuntimeOptions) String() string {
 func (*RuntimeOptions) ProtoMessage() {}
 
 func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[5]
+	mi := &file_paddock_v1_model_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -903,7 +997,7 @@ func (x *RuntimeOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RuntimeOptions.ProtoReflect.Descriptor instead.
 func (*RuntimeOptions) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{5}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RuntimeOptions) GetContextSizeTokens() int32 {
@@ -1002,7 +1096,7 @@ type ModelInfo struct {
 
 func (x *ModelInfo) Reset() {
 	*x = ModelInfo{}
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1108,7 @@ func (x *ModelInfo) String() string {
 func (*ModelInfo) ProtoMessage() {}
 
 func (x *ModelInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[6]
+	mi := &file_paddock_v1_model_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1121,7 @@ func (x *ModelInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelInfo.ProtoReflect.Descriptor instead.
 func (*ModelInfo) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{6}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ModelInfo) GetArchitecture() string {
@@ -1139,7 +1233,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1151,7 +1245,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[7]
+	mi := &file_paddock_v1_model_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1164,7 +1258,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{7}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Worker) GetPid() int32 {
@@ -1248,7 +1342,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_paddock_v1_model_proto_msgTypes[8]
+	mi := &file_paddock_v1_model_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1354,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_proto_msgTypes[8]
+	mi := &file_paddock_v1_model_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1367,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_proto_rawDescGZIP(), []int{8}
+	return file_paddock_v1_model_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Failure) GetReason() string {
@@ -1330,7 +1424,7 @@ var File_paddock_v1_model_proto protoreflect.FileDescriptor
 const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"\x16paddock/v1/model.proto\x12\n" +
-	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\a\n" +
+	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\b\n" +
 	"\x05Model\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12,\n" +
@@ -1356,7 +1450,8 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x04tags\x18\x15 \x03(\tR\x04tags\x12\x16\n" +
 	"\x06pinned\x18\x16 \x01(\bR\x06pinned\x12\x1a\n" +
 	"\bpriority\x18\x17 \x01(\x05R\bpriority\x12/\n" +
-	"\x06origin\x18\x18 \x01(\x0e2\x17.paddock.v1.ModelOriginR\x06origin\x12 \n" +
+	"\x06origin\x18\x18 \x01(\x0e2\x17.paddock.v1.ModelOriginR\x06origin\x120\n" +
+	"\bdownload\x18\x19 \x01(\v2\x14.paddock.v1.DownloadR\bdownload\x12 \n" +
 	"\vdescription\x18\x1a \x01(\tR\vdescription\x12\x14\n" +
 	"\x05group\x18\x1b \x01(\tR\x05group\x12&\n" +
 	"\x0fload_on_startup\x18\x1c \x01(\bR\rloadOnStartup\"\xb2\x01\n" +
@@ -1366,7 +1461,14 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"BytesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\x8c\x01\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\xc5\x01\n" +
+	"\bDownload\x12'\n" +
+	"\x0fcompleted_bytes\x18\x01 \x01(\x03R\x0ecompletedBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
+	"totalBytes\x12(\n" +
+	"\x10bytes_per_second\x18\x03 \x01(\x03R\x0ebytesPerSecond\x12\x16\n" +
+	"\x06paused\x18\x04 \x01(\bR\x06paused\x12-\n" +
+	"\afailure\x18\x05 \x01(\v2\x13.paddock.v1.FailureR\afailure\"\x8c\x01\n" +
 	"\vModelSource\x12B\n" +
 	"\fhugging_face\x18\x01 \x01(\v2\x1d.paddock.v1.HuggingFaceSourceH\x00R\vhuggingFace\x12/\n" +
 	"\x05local\x18\x02 \x01(\v2\x17.paddock.v1.LocalSourceH\x00R\x05localB\b\n" +
@@ -1482,7 +1584,7 @@ func file_paddock_v1_model_proto_rawDescGZIP() []byte {
 }
 
 var file_paddock_v1_model_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_paddock_v1_model_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_paddock_v1_model_proto_goTypes = []any{
 	(ModelState)(0),               // 0: paddock.v1.ModelState
 	(MemoryPhase)(0),              // 1: paddock.v1.MemoryPhase
@@ -1491,46 +1593,49 @@ var file_paddock_v1_model_proto_goTypes = []any{
 	(Modality)(0),                 // 4: paddock.v1.Modality
 	(*Model)(nil),                 // 5: paddock.v1.Model
 	(*MemoryCharge)(nil),          // 6: paddock.v1.MemoryCharge
-	(*ModelSource)(nil),           // 7: paddock.v1.ModelSource
-	(*HuggingFaceSource)(nil),     // 8: paddock.v1.HuggingFaceSource
-	(*LocalSource)(nil),           // 9: paddock.v1.LocalSource
-	(*RuntimeOptions)(nil),        // 10: paddock.v1.RuntimeOptions
-	(*ModelInfo)(nil),             // 11: paddock.v1.ModelInfo
-	(*Worker)(nil),                // 12: paddock.v1.Worker
-	(*Failure)(nil),               // 13: paddock.v1.Failure
-	nil,                           // 14: paddock.v1.MemoryCharge.BytesEntry
-	nil,                           // 15: paddock.v1.Failure.MetadataEntry
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
+	(*Download)(nil),              // 7: paddock.v1.Download
+	(*ModelSource)(nil),           // 8: paddock.v1.ModelSource
+	(*HuggingFaceSource)(nil),     // 9: paddock.v1.HuggingFaceSource
+	(*LocalSource)(nil),           // 10: paddock.v1.LocalSource
+	(*RuntimeOptions)(nil),        // 11: paddock.v1.RuntimeOptions
+	(*ModelInfo)(nil),             // 12: paddock.v1.ModelInfo
+	(*Worker)(nil),                // 13: paddock.v1.Worker
+	(*Failure)(nil),               // 14: paddock.v1.Failure
+	nil,                           // 15: paddock.v1.MemoryCharge.BytesEntry
+	nil,                           // 16: paddock.v1.Failure.MetadataEntry
+	(*timestamppb.Timestamp)(nil), // 17: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
 }
 var file_paddock_v1_model_proto_depIdxs = []int32{
-	7,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
+	8,  // 0: paddock.v1.Model.source:type_name -> paddock.v1.ModelSource
 	0,  // 1: paddock.v1.Model.state:type_name -> paddock.v1.ModelState
 	2,  // 2: paddock.v1.Model.artifact_state:type_name -> paddock.v1.ArtifactState
-	10, // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	11, // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
-	12, // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
-	13, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
-	16, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
-	16, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
-	16, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
+	11, // 3: paddock.v1.Model.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	12, // 4: paddock.v1.Model.info:type_name -> paddock.v1.ModelInfo
+	13, // 5: paddock.v1.Model.worker:type_name -> paddock.v1.Worker
+	14, // 6: paddock.v1.Model.last_failure:type_name -> paddock.v1.Failure
+	17, // 7: paddock.v1.Model.load_time:type_name -> google.protobuf.Timestamp
+	17, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
+	17, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
 	6,  // 10: paddock.v1.Model.memory:type_name -> paddock.v1.MemoryCharge
 	3,  // 11: paddock.v1.Model.origin:type_name -> paddock.v1.ModelOrigin
-	1,  // 12: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
-	14, // 13: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
-	8,  // 14: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
-	9,  // 15: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
-	17, // 16: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
-	17, // 17: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
-	4,  // 18: paddock.v1.ModelInfo.input_modalities:type_name -> paddock.v1.Modality
-	16, // 19: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
-	15, // 20: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
-	16, // 21: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
-	22, // [22:22] is the sub-list for method output_type
-	22, // [22:22] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	7,  // 12: paddock.v1.Model.download:type_name -> paddock.v1.Download
+	1,  // 13: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
+	15, // 14: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
+	14, // 15: paddock.v1.Download.failure:type_name -> paddock.v1.Failure
+	9,  // 16: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
+	10, // 17: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
+	18, // 18: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
+	18, // 19: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
+	4,  // 20: paddock.v1.ModelInfo.input_modalities:type_name -> paddock.v1.Modality
+	17, // 21: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
+	16, // 22: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
+	17, // 23: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
+	24, // [24:24] is the sub-list for method output_type
+	24, // [24:24] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_proto_init() }
@@ -1538,19 +1643,19 @@ func file_paddock_v1_model_proto_init() {
 	if File_paddock_v1_model_proto != nil {
 		return
 	}
-	file_paddock_v1_model_proto_msgTypes[2].OneofWrappers = []any{
+	file_paddock_v1_model_proto_msgTypes[3].OneofWrappers = []any{
 		(*ModelSource_HuggingFace)(nil),
 		(*ModelSource_Local)(nil),
 	}
-	file_paddock_v1_model_proto_msgTypes[5].OneofWrappers = []any{}
-	file_paddock_v1_model_proto_msgTypes[8].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[6].OneofWrappers = []any{}
+	file_paddock_v1_model_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_proto_rawDesc), len(file_paddock_v1_model_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -293,6 +293,59 @@ func (LoadConflictPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{3}
 }
 
+// What to do with the files of a download that is stopped.
+type StopDownloadMode int32
+
+const (
+	// Never sent.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_UNSPECIFIED StopDownloadMode = 0
+	// Keep what has arrived. The model stays listed as paused.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_PAUSE StopDownloadMode = 1
+	// Remove what has arrived and is not complete.
+	StopDownloadMode_STOP_DOWNLOAD_MODE_CANCEL StopDownloadMode = 2
+)
+
+// Enum value maps for StopDownloadMode.
+var (
+	StopDownloadMode_name = map[int32]string{
+		0: "STOP_DOWNLOAD_MODE_UNSPECIFIED",
+		1: "STOP_DOWNLOAD_MODE_PAUSE",
+		2: "STOP_DOWNLOAD_MODE_CANCEL",
+	}
+	StopDownloadMode_value = map[string]int32{
+		"STOP_DOWNLOAD_MODE_UNSPECIFIED": 0,
+		"STOP_DOWNLOAD_MODE_PAUSE":       1,
+		"STOP_DOWNLOAD_MODE_CANCEL":      2,
+	}
+)
+
+func (x StopDownloadMode) Enum() *StopDownloadMode {
+	p := new(StopDownloadMode)
+	*p = x
+	return p
+}
+
+func (x StopDownloadMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StopDownloadMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_paddock_v1_model_manager_proto_enumTypes[4].Descriptor()
+}
+
+func (StopDownloadMode) Type() protoreflect.EnumType {
+	return &file_paddock_v1_model_manager_proto_enumTypes[4]
+}
+
+func (x StopDownloadMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StopDownloadMode.Descriptor instead.
+func (StopDownloadMode) EnumDescriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{4}
+}
+
 // What to do with requests in progress.
 type UnloadMode int32
 
@@ -330,11 +383,11 @@ func (x UnloadMode) String() string {
 }
 
 func (UnloadMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[4].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[5].Descriptor()
 }
 
 func (UnloadMode) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[4]
+	return &file_paddock_v1_model_manager_proto_enumTypes[5]
 }
 
 func (x UnloadMode) Number() protoreflect.EnumNumber {
@@ -343,7 +396,7 @@ func (x UnloadMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use UnloadMode.Descriptor instead.
 func (UnloadMode) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{4}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{5}
 }
 
 // What to do when the model is not loaded.
@@ -383,11 +436,11 @@ func (x AutoloadPolicy) String() string {
 }
 
 func (AutoloadPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_paddock_v1_model_manager_proto_enumTypes[5].Descriptor()
+	return file_paddock_v1_model_manager_proto_enumTypes[6].Descriptor()
 }
 
 func (AutoloadPolicy) Type() protoreflect.EnumType {
-	return &file_paddock_v1_model_manager_proto_enumTypes[5]
+	return &file_paddock_v1_model_manager_proto_enumTypes[6]
 }
 
 func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
@@ -396,16 +449,18 @@ func (x AutoloadPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AutoloadPolicy.Descriptor instead.
 func (AutoloadPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{5}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{6}
 }
 
 // Request of `Load`.
 type LoadRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Model to load. Required.
+	// Model to load. Required. `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]` names a
+	// model of the Hugging Face Hub, which is downloaded when it is not there.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
-	// Where to get it. Required the first time a model is mentioned; later it
-	// must match or be unset.
+	// Where to get it. May be unset for a model that `List` shows, and for an
+	// `hf:` name. With `hugging_face`, `model` is the same as an `hf:` name, or
+	// the id the model has or will have.
 	Source *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	// Options for the worker. Against a loaded model only the fields that are set
 	// are compared.
@@ -3644,9 +3699,11 @@ func (x *LogLine) GetText() string {
 // Request of `Download`.
 type DownloadRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Identifier to give the model. Required.
+	// Model to download: `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]`, or the id of a
+	// model from the Hugging Face Hub, which is the same without `hf:`. Required
+	// unless `source` is set.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
-	// Where to get it. Required.
+	// The same in parts. `model` may be empty then.
 	Source        *ModelSource `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3783,10 +3840,111 @@ func (*DownloadResponse_Progress) isDownloadResponse_Event() {}
 
 func (*DownloadResponse_Downloaded) isDownloadResponse_Event() {}
 
+// Request of `StopDownload`.
+type StopDownloadRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Model whose download to stop, as `Download` or `List` names it. Required.
+	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// What to do with the files. Required.
+	Mode          StopDownloadMode `protobuf:"varint,2,opt,name=mode,proto3,enum=paddock.v1.StopDownloadMode" json:"mode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopDownloadRequest) Reset() {
+	*x = StopDownloadRequest{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopDownloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopDownloadRequest) ProtoMessage() {}
+
+func (x *StopDownloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopDownloadRequest.ProtoReflect.Descriptor instead.
+func (*StopDownloadRequest) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *StopDownloadRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *StopDownloadRequest) GetMode() StopDownloadMode {
+	if x != nil {
+		return x.Mode
+	}
+	return StopDownloadMode_STOP_DOWNLOAD_MODE_UNSPECIFIED
+}
+
+// Response of `StopDownload`.
+type StopDownloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model, no longer in `ARTIFACT_STATE_DOWNLOADING`.
+	Model         *Model `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopDownloadResponse) Reset() {
+	*x = StopDownloadResponse{}
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopDownloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopDownloadResponse) ProtoMessage() {}
+
+func (x *StopDownloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopDownloadResponse.ProtoReflect.Descriptor instead.
+func (*StopDownloadResponse) Descriptor() ([]byte, []int) {
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *StopDownloadResponse) GetModel() *Model {
+	if x != nil {
+		return x.Model
+	}
+	return nil
+}
+
 // Request of `Delete`.
 type DeleteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Model to delete. Required.
+	// Model to delete, its id or its `hf:` name. Required.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	// Succeed when there is no such model.
 	AllowMissing  bool `protobuf:"varint,2,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
@@ -3796,7 +3954,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +3966,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[50]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +3979,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{50}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DeleteRequest) GetModel() string {
@@ -3849,7 +4007,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3861,7 +4019,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[51]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3874,7 +4032,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{51}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DeleteResponse) GetFreedBytes() int64 {
@@ -3899,7 +4057,7 @@ type EstimateMemoryRequest struct {
 
 func (x *EstimateMemoryRequest) Reset() {
 	*x = EstimateMemoryRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3911,7 +4069,7 @@ func (x *EstimateMemoryRequest) String() string {
 func (*EstimateMemoryRequest) ProtoMessage() {}
 
 func (x *EstimateMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[52]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +4082,7 @@ func (x *EstimateMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateMemoryRequest.ProtoReflect.Descriptor instead.
 func (*EstimateMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{52}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EstimateMemoryRequest) GetModel() string {
@@ -3969,7 +4127,7 @@ type EstimateMemoryResponse struct {
 
 func (x *EstimateMemoryResponse) Reset() {
 	*x = EstimateMemoryResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3981,7 +4139,7 @@ func (x *EstimateMemoryResponse) String() string {
 func (*EstimateMemoryResponse) ProtoMessage() {}
 
 func (x *EstimateMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[53]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3994,7 +4152,7 @@ func (x *EstimateMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateMemoryResponse.ProtoReflect.Descriptor instead.
 func (*EstimateMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{53}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *EstimateMemoryResponse) GetParts() []*MemoryPart {
@@ -4047,7 +4205,7 @@ type MemoryPart struct {
 
 func (x *MemoryPart) Reset() {
 	*x = MemoryPart{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4059,7 +4217,7 @@ func (x *MemoryPart) String() string {
 func (*MemoryPart) ProtoMessage() {}
 
 func (x *MemoryPart) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[54]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4072,7 +4230,7 @@ func (x *MemoryPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryPart.ProtoReflect.Descriptor instead.
 func (*MemoryPart) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{54}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *MemoryPart) GetDevice() string {
@@ -4113,7 +4271,7 @@ type DeviceMemory struct {
 
 func (x *DeviceMemory) Reset() {
 	*x = DeviceMemory{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4125,7 +4283,7 @@ func (x *DeviceMemory) String() string {
 func (*DeviceMemory) ProtoMessage() {}
 
 func (x *DeviceMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[55]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4138,7 +4296,7 @@ func (x *DeviceMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceMemory.ProtoReflect.Descriptor instead.
 func (*DeviceMemory) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{55}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *DeviceMemory) GetDevice() string {
@@ -4178,7 +4336,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4190,7 +4348,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[56]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4203,7 +4361,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{56}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{58}
 }
 
 // Response of `Reload`. Models are named by their ids, in order.
@@ -4225,7 +4383,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4237,7 +4395,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[57]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4250,7 +4408,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{57}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ReloadResponse) GetAdded() []string {
@@ -4305,7 +4463,7 @@ type ConfigProblem struct {
 
 func (x *ConfigProblem) Reset() {
 	*x = ConfigProblem{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4317,7 +4475,7 @@ func (x *ConfigProblem) String() string {
 func (*ConfigProblem) ProtoMessage() {}
 
 func (x *ConfigProblem) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[58]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4330,7 +4488,7 @@ func (x *ConfigProblem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigProblem.ProtoReflect.Descriptor instead.
 func (*ConfigProblem) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{58}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ConfigProblem) GetFile() string {
@@ -4370,7 +4528,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4382,7 +4540,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[59]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4395,7 +4553,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{59}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{61}
 }
 
 // Response of `GetServerInfo`.
@@ -4419,7 +4577,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4431,7 +4589,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[60]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4444,7 +4602,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{60}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -4498,7 +4656,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4510,7 +4668,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_paddock_v1_model_manager_proto_msgTypes[61]
+	mi := &file_paddock_v1_model_manager_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4523,7 +4681,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{61}
+	return file_paddock_v1_model_manager_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Device) GetDisplayName() string {
@@ -4767,7 +4925,12 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\n" +
 	"downloaded\x18\x02 \x01(\v2\x11.paddock.v1.ModelH\x00R\n" +
 	"downloadedB\a\n" +
-	"\x05event\"J\n" +
+	"\x05event\"]\n" +
+	"\x13StopDownloadRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x120\n" +
+	"\x04mode\x18\x02 \x01(\x0e2\x1c.paddock.v1.StopDownloadModeR\x04mode\"?\n" +
+	"\x14StopDownloadResponse\x12'\n" +
+	"\x05model\x18\x01 \x01(\v2\x11.paddock.v1.ModelR\x05model\"J\n" +
 	"\rDeleteRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12#\n" +
 	"\rallow_missing\x18\x02 \x01(\bR\fallowMissing\"1\n" +
@@ -4852,7 +5015,11 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	" LOAD_CONFLICT_POLICY_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19LOAD_CONFLICT_POLICY_FAIL\x10\x01\x12\x1d\n" +
 	"\x19LOAD_CONFLICT_POLICY_KEEP\x10\x02\x12\x1f\n" +
-	"\x1bLOAD_CONFLICT_POLICY_RELOAD\x10\x03*W\n" +
+	"\x1bLOAD_CONFLICT_POLICY_RELOAD\x10\x03*s\n" +
+	"\x10StopDownloadMode\x12\"\n" +
+	"\x1eSTOP_DOWNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18STOP_DOWNLOAD_MODE_PAUSE\x10\x01\x12\x1d\n" +
+	"\x19STOP_DOWNLOAD_MODE_CANCEL\x10\x02*W\n" +
 	"\n" +
 	"UnloadMode\x12\x1b\n" +
 	"\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x15\n" +
@@ -4861,7 +5028,7 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x0eAutoloadPolicy\x12\x1f\n" +
 	"\x1bAUTOLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14AUTOLOAD_POLICY_LOAD\x10\x01\x12\x18\n" +
-	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\x8e\n" +
+	"\x14AUTOLOAD_POLICY_FAIL\x10\x022\xe1\n" +
 	"\n" +
 	"\fModelManager\x12;\n" +
 	"\x04Load\x12\x17.paddock.v1.LoadRequest\x1a\x18.paddock.v1.LoadResponse0\x01\x12?\n" +
@@ -4879,7 +5046,8 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"Detokenize\x12\x1d.paddock.v1.DetokenizeRequest\x1a\x1e.paddock.v1.DetokenizeResponse\"\x03\x90\x02\x01\x12M\n" +
 	"\n" +
 	"StreamLogs\x12\x1d.paddock.v1.StreamLogsRequest\x1a\x1e.paddock.v1.StreamLogsResponse0\x01\x12G\n" +
-	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12?\n" +
+	"\bDownload\x12\x1b.paddock.v1.DownloadRequest\x1a\x1c.paddock.v1.DownloadResponse0\x01\x12Q\n" +
+	"\fStopDownload\x12\x1f.paddock.v1.StopDownloadRequest\x1a .paddock.v1.StopDownloadResponse\x12?\n" +
 	"\x06Delete\x12\x19.paddock.v1.DeleteRequest\x1a\x1a.paddock.v1.DeleteResponse\x12\\\n" +
 	"\x0eEstimateMemory\x12!.paddock.v1.EstimateMemoryRequest\x1a\".paddock.v1.EstimateMemoryResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\x06Reload\x12\x19.paddock.v1.ReloadRequest\x1a\x1a.paddock.v1.ReloadResponse\x12Y\n" +
@@ -4900,211 +5068,218 @@ func file_paddock_v1_model_manager_proto_rawDescGZIP() []byte {
 	return file_paddock_v1_model_manager_proto_rawDescData
 }
 
-var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_paddock_v1_model_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_paddock_v1_model_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
 var file_paddock_v1_model_manager_proto_goTypes = []any{
 	(Stage)(0),                     // 0: paddock.v1.Stage
 	(MemoryPartKind)(0),            // 1: paddock.v1.MemoryPartKind
 	(MemoryVerdict)(0),             // 2: paddock.v1.MemoryVerdict
 	(LoadConflictPolicy)(0),        // 3: paddock.v1.LoadConflictPolicy
-	(UnloadMode)(0),                // 4: paddock.v1.UnloadMode
-	(AutoloadPolicy)(0),            // 5: paddock.v1.AutoloadPolicy
-	(*LoadRequest)(nil),            // 6: paddock.v1.LoadRequest
-	(*LoadResponse)(nil),           // 7: paddock.v1.LoadResponse
-	(*Loaded)(nil),                 // 8: paddock.v1.Loaded
-	(*ProgressEvent)(nil),          // 9: paddock.v1.ProgressEvent
-	(*StageStarted)(nil),           // 10: paddock.v1.StageStarted
-	(*StageAdvanced)(nil),          // 11: paddock.v1.StageAdvanced
-	(*StageFinished)(nil),          // 12: paddock.v1.StageFinished
-	(*StageWarning)(nil),           // 13: paddock.v1.StageWarning
-	(*UnloadRequest)(nil),          // 14: paddock.v1.UnloadRequest
-	(*UnloadResponse)(nil),         // 15: paddock.v1.UnloadResponse
-	(*SleepRequest)(nil),           // 16: paddock.v1.SleepRequest
-	(*SleepResponse)(nil),          // 17: paddock.v1.SleepResponse
-	(*PinRequest)(nil),             // 18: paddock.v1.PinRequest
-	(*PinResponse)(nil),            // 19: paddock.v1.PinResponse
-	(*ListRequest)(nil),            // 20: paddock.v1.ListRequest
-	(*ListResponse)(nil),           // 21: paddock.v1.ListResponse
-	(*GetRequest)(nil),             // 22: paddock.v1.GetRequest
-	(*GetResponse)(nil),            // 23: paddock.v1.GetResponse
-	(*WatchRequest)(nil),           // 24: paddock.v1.WatchRequest
-	(*WatchResponse)(nil),          // 25: paddock.v1.WatchResponse
-	(*ModelChanged)(nil),           // 26: paddock.v1.ModelChanged
-	(*ModelDeleted)(nil),           // 27: paddock.v1.ModelDeleted
-	(*Synced)(nil),                 // 28: paddock.v1.Synced
-	(*GenerateRequest)(nil),        // 29: paddock.v1.GenerateRequest
-	(*GenerateResponse)(nil),       // 30: paddock.v1.GenerateResponse
-	(*PromptProgress)(nil),         // 31: paddock.v1.PromptProgress
-	(*Deltas)(nil),                 // 32: paddock.v1.Deltas
-	(*Started)(nil),                // 33: paddock.v1.Started
-	(*Generated)(nil),              // 34: paddock.v1.Generated
-	(*GenerateManyRequest)(nil),    // 35: paddock.v1.GenerateManyRequest
-	(*GenerationCommand)(nil),      // 36: paddock.v1.GenerationCommand
-	(*StartGeneration)(nil),        // 37: paddock.v1.StartGeneration
-	(*GrantCredit)(nil),            // 38: paddock.v1.GrantCredit
-	(*CancelGeneration)(nil),       // 39: paddock.v1.CancelGeneration
-	(*GenerateManyResponse)(nil),   // 40: paddock.v1.GenerateManyResponse
-	(*GenerationEvent)(nil),        // 41: paddock.v1.GenerationEvent
-	(*GenerationError)(nil),        // 42: paddock.v1.GenerationError
-	(*FieldViolation)(nil),         // 43: paddock.v1.FieldViolation
-	(*EmbedRequest)(nil),           // 44: paddock.v1.EmbedRequest
-	(*EmbedResponse)(nil),          // 45: paddock.v1.EmbedResponse
-	(*Embedding)(nil),              // 46: paddock.v1.Embedding
-	(*TokenizeRequest)(nil),        // 47: paddock.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),       // 48: paddock.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),      // 49: paddock.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),     // 50: paddock.v1.DetokenizeResponse
-	(*StreamLogsRequest)(nil),      // 51: paddock.v1.StreamLogsRequest
-	(*StreamLogsResponse)(nil),     // 52: paddock.v1.StreamLogsResponse
-	(*LogLine)(nil),                // 53: paddock.v1.LogLine
-	(*DownloadRequest)(nil),        // 54: paddock.v1.DownloadRequest
-	(*DownloadResponse)(nil),       // 55: paddock.v1.DownloadResponse
-	(*DeleteRequest)(nil),          // 56: paddock.v1.DeleteRequest
-	(*DeleteResponse)(nil),         // 57: paddock.v1.DeleteResponse
-	(*EstimateMemoryRequest)(nil),  // 58: paddock.v1.EstimateMemoryRequest
-	(*EstimateMemoryResponse)(nil), // 59: paddock.v1.EstimateMemoryResponse
-	(*MemoryPart)(nil),             // 60: paddock.v1.MemoryPart
-	(*DeviceMemory)(nil),           // 61: paddock.v1.DeviceMemory
-	(*ReloadRequest)(nil),          // 62: paddock.v1.ReloadRequest
-	(*ReloadResponse)(nil),         // 63: paddock.v1.ReloadResponse
-	(*ConfigProblem)(nil),          // 64: paddock.v1.ConfigProblem
-	(*GetServerInfoRequest)(nil),   // 65: paddock.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil),  // 66: paddock.v1.GetServerInfoResponse
-	(*Device)(nil),                 // 67: paddock.v1.Device
-	nil,                            // 68: paddock.v1.GenerationError.MetadataEntry
-	(*ModelSource)(nil),            // 69: paddock.v1.ModelSource
-	(*RuntimeOptions)(nil),         // 70: paddock.v1.RuntimeOptions
-	(*durationpb.Duration)(nil),    // 71: google.protobuf.Duration
-	(*Model)(nil),                  // 72: paddock.v1.Model
-	(*timestamppb.Timestamp)(nil),  // 73: google.protobuf.Timestamp
-	(*Failure)(nil),                // 74: paddock.v1.Failure
-	(ModelState)(0),                // 75: paddock.v1.ModelState
-	(*ChatInput)(nil),              // 76: paddock.v1.ChatInput
-	(*TokenInput)(nil),             // 77: paddock.v1.TokenInput
-	(*SamplingParams)(nil),         // 78: paddock.v1.SamplingParams
-	(*StopParams)(nil),             // 79: paddock.v1.StopParams
-	(*OutputConstraint)(nil),       // 80: paddock.v1.OutputConstraint
-	(*LogprobParams)(nil),          // 81: paddock.v1.LogprobParams
-	(*Delta)(nil),                  // 82: paddock.v1.Delta
-	(*Usage)(nil),                  // 83: paddock.v1.Usage
-	(*Timings)(nil),                // 84: paddock.v1.Timings
+	(StopDownloadMode)(0),          // 4: paddock.v1.StopDownloadMode
+	(UnloadMode)(0),                // 5: paddock.v1.UnloadMode
+	(AutoloadPolicy)(0),            // 6: paddock.v1.AutoloadPolicy
+	(*LoadRequest)(nil),            // 7: paddock.v1.LoadRequest
+	(*LoadResponse)(nil),           // 8: paddock.v1.LoadResponse
+	(*Loaded)(nil),                 // 9: paddock.v1.Loaded
+	(*ProgressEvent)(nil),          // 10: paddock.v1.ProgressEvent
+	(*StageStarted)(nil),           // 11: paddock.v1.StageStarted
+	(*StageAdvanced)(nil),          // 12: paddock.v1.StageAdvanced
+	(*StageFinished)(nil),          // 13: paddock.v1.StageFinished
+	(*StageWarning)(nil),           // 14: paddock.v1.StageWarning
+	(*UnloadRequest)(nil),          // 15: paddock.v1.UnloadRequest
+	(*UnloadResponse)(nil),         // 16: paddock.v1.UnloadResponse
+	(*SleepRequest)(nil),           // 17: paddock.v1.SleepRequest
+	(*SleepResponse)(nil),          // 18: paddock.v1.SleepResponse
+	(*PinRequest)(nil),             // 19: paddock.v1.PinRequest
+	(*PinResponse)(nil),            // 20: paddock.v1.PinResponse
+	(*ListRequest)(nil),            // 21: paddock.v1.ListRequest
+	(*ListResponse)(nil),           // 22: paddock.v1.ListResponse
+	(*GetRequest)(nil),             // 23: paddock.v1.GetRequest
+	(*GetResponse)(nil),            // 24: paddock.v1.GetResponse
+	(*WatchRequest)(nil),           // 25: paddock.v1.WatchRequest
+	(*WatchResponse)(nil),          // 26: paddock.v1.WatchResponse
+	(*ModelChanged)(nil),           // 27: paddock.v1.ModelChanged
+	(*ModelDeleted)(nil),           // 28: paddock.v1.ModelDeleted
+	(*Synced)(nil),                 // 29: paddock.v1.Synced
+	(*GenerateRequest)(nil),        // 30: paddock.v1.GenerateRequest
+	(*GenerateResponse)(nil),       // 31: paddock.v1.GenerateResponse
+	(*PromptProgress)(nil),         // 32: paddock.v1.PromptProgress
+	(*Deltas)(nil),                 // 33: paddock.v1.Deltas
+	(*Started)(nil),                // 34: paddock.v1.Started
+	(*Generated)(nil),              // 35: paddock.v1.Generated
+	(*GenerateManyRequest)(nil),    // 36: paddock.v1.GenerateManyRequest
+	(*GenerationCommand)(nil),      // 37: paddock.v1.GenerationCommand
+	(*StartGeneration)(nil),        // 38: paddock.v1.StartGeneration
+	(*GrantCredit)(nil),            // 39: paddock.v1.GrantCredit
+	(*CancelGeneration)(nil),       // 40: paddock.v1.CancelGeneration
+	(*GenerateManyResponse)(nil),   // 41: paddock.v1.GenerateManyResponse
+	(*GenerationEvent)(nil),        // 42: paddock.v1.GenerationEvent
+	(*GenerationError)(nil),        // 43: paddock.v1.GenerationError
+	(*FieldViolation)(nil),         // 44: paddock.v1.FieldViolation
+	(*EmbedRequest)(nil),           // 45: paddock.v1.EmbedRequest
+	(*EmbedResponse)(nil),          // 46: paddock.v1.EmbedResponse
+	(*Embedding)(nil),              // 47: paddock.v1.Embedding
+	(*TokenizeRequest)(nil),        // 48: paddock.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),       // 49: paddock.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),      // 50: paddock.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),     // 51: paddock.v1.DetokenizeResponse
+	(*StreamLogsRequest)(nil),      // 52: paddock.v1.StreamLogsRequest
+	(*StreamLogsResponse)(nil),     // 53: paddock.v1.StreamLogsResponse
+	(*LogLine)(nil),                // 54: paddock.v1.LogLine
+	(*DownloadRequest)(nil),        // 55: paddock.v1.DownloadRequest
+	(*DownloadResponse)(nil),       // 56: paddock.v1.DownloadResponse
+	(*StopDownloadRequest)(nil),    // 57: paddock.v1.StopDownloadRequest
+	(*StopDownloadResponse)(nil),   // 58: paddock.v1.StopDownloadResponse
+	(*DeleteRequest)(nil),          // 59: paddock.v1.DeleteRequest
+	(*DeleteResponse)(nil),         // 60: paddock.v1.DeleteResponse
+	(*EstimateMemoryRequest)(nil),  // 61: paddock.v1.EstimateMemoryRequest
+	(*EstimateMemoryResponse)(nil), // 62: paddock.v1.EstimateMemoryResponse
+	(*MemoryPart)(nil),             // 63: paddock.v1.MemoryPart
+	(*DeviceMemory)(nil),           // 64: paddock.v1.DeviceMemory
+	(*ReloadRequest)(nil),          // 65: paddock.v1.ReloadRequest
+	(*ReloadResponse)(nil),         // 66: paddock.v1.ReloadResponse
+	(*ConfigProblem)(nil),          // 67: paddock.v1.ConfigProblem
+	(*GetServerInfoRequest)(nil),   // 68: paddock.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil),  // 69: paddock.v1.GetServerInfoResponse
+	(*Device)(nil),                 // 70: paddock.v1.Device
+	nil,                            // 71: paddock.v1.GenerationError.MetadataEntry
+	(*ModelSource)(nil),            // 72: paddock.v1.ModelSource
+	(*RuntimeOptions)(nil),         // 73: paddock.v1.RuntimeOptions
+	(*durationpb.Duration)(nil),    // 74: google.protobuf.Duration
+	(*Model)(nil),                  // 75: paddock.v1.Model
+	(*timestamppb.Timestamp)(nil),  // 76: google.protobuf.Timestamp
+	(*Failure)(nil),                // 77: paddock.v1.Failure
+	(ModelState)(0),                // 78: paddock.v1.ModelState
+	(*ChatInput)(nil),              // 79: paddock.v1.ChatInput
+	(*TokenInput)(nil),             // 80: paddock.v1.TokenInput
+	(*SamplingParams)(nil),         // 81: paddock.v1.SamplingParams
+	(*StopParams)(nil),             // 82: paddock.v1.StopParams
+	(*OutputConstraint)(nil),       // 83: paddock.v1.OutputConstraint
+	(*LogprobParams)(nil),          // 84: paddock.v1.LogprobParams
+	(*Delta)(nil),                  // 85: paddock.v1.Delta
+	(*Usage)(nil),                  // 86: paddock.v1.Usage
+	(*Timings)(nil),                // 87: paddock.v1.Timings
 }
 var file_paddock_v1_model_manager_proto_depIdxs = []int32{
-	69, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
-	70, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	72, // 0: paddock.v1.LoadRequest.source:type_name -> paddock.v1.ModelSource
+	73, // 1: paddock.v1.LoadRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
 	3,  // 2: paddock.v1.LoadRequest.conflict_policy:type_name -> paddock.v1.LoadConflictPolicy
-	71, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
-	9,  // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	8,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
-	72, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
-	71, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
+	74, // 3: paddock.v1.LoadRequest.load_timeout:type_name -> google.protobuf.Duration
+	10, // 4: paddock.v1.LoadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	9,  // 5: paddock.v1.LoadResponse.loaded:type_name -> paddock.v1.Loaded
+	75, // 6: paddock.v1.Loaded.model:type_name -> paddock.v1.Model
+	74, // 7: paddock.v1.Loaded.load_duration:type_name -> google.protobuf.Duration
 	0,  // 8: paddock.v1.ProgressEvent.stage:type_name -> paddock.v1.Stage
-	73, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
-	10, // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
-	11, // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
-	12, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
-	13, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
-	71, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
-	74, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
-	4,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
-	71, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
-	72, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
-	72, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
-	72, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
-	75, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
-	72, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
-	72, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
-	26, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
-	27, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
-	28, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
-	72, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
-	75, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
-	76, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
-	77, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
-	78, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
-	79, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
-	80, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
-	81, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
-	5,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	71, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
-	33, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
-	32, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
-	34, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
-	31, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
-	82, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
-	83, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
-	84, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
-	36, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
-	37, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
-	38, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
-	39, // 47: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
-	29, // 48: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
-	41, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
-	30, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
-	42, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
-	68, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
-	43, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
-	71, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
-	5,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
-	71, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
-	46, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
-	83, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
-	53, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
-	73, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
-	69, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
-	9,  // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
-	72, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
-	69, // 64: paddock.v1.EstimateMemoryRequest.source:type_name -> paddock.v1.ModelSource
-	70, // 65: paddock.v1.EstimateMemoryRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	60, // 66: paddock.v1.EstimateMemoryResponse.parts:type_name -> paddock.v1.MemoryPart
-	61, // 67: paddock.v1.EstimateMemoryResponse.devices:type_name -> paddock.v1.DeviceMemory
-	2,  // 68: paddock.v1.EstimateMemoryResponse.verdict:type_name -> paddock.v1.MemoryVerdict
-	70, // 69: paddock.v1.EstimateMemoryResponse.runtime_options:type_name -> paddock.v1.RuntimeOptions
-	1,  // 70: paddock.v1.MemoryPart.kind:type_name -> paddock.v1.MemoryPartKind
-	64, // 71: paddock.v1.ReloadResponse.problems:type_name -> paddock.v1.ConfigProblem
-	73, // 72: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	67, // 73: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
-	6,  // 74: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
-	14, // 75: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
-	16, // 76: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
-	18, // 77: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
-	20, // 78: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
-	22, // 79: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
-	24, // 80: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
-	29, // 81: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
-	35, // 82: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
-	44, // 83: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
-	47, // 84: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
-	49, // 85: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
-	51, // 86: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
-	54, // 87: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
-	56, // 88: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
-	58, // 89: paddock.v1.ModelManager.EstimateMemory:input_type -> paddock.v1.EstimateMemoryRequest
-	62, // 90: paddock.v1.ModelManager.Reload:input_type -> paddock.v1.ReloadRequest
-	65, // 91: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
-	7,  // 92: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
-	15, // 93: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
-	17, // 94: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
-	19, // 95: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
-	21, // 96: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
-	23, // 97: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
-	25, // 98: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
-	30, // 99: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
-	40, // 100: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
-	45, // 101: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
-	48, // 102: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
-	50, // 103: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
-	52, // 104: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
-	55, // 105: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
-	57, // 106: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
-	59, // 107: paddock.v1.ModelManager.EstimateMemory:output_type -> paddock.v1.EstimateMemoryResponse
-	63, // 108: paddock.v1.ModelManager.Reload:output_type -> paddock.v1.ReloadResponse
-	66, // 109: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
-	92, // [92:110] is the sub-list for method output_type
-	74, // [74:92] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	76, // 9: paddock.v1.ProgressEvent.event_time:type_name -> google.protobuf.Timestamp
+	11, // 10: paddock.v1.ProgressEvent.started:type_name -> paddock.v1.StageStarted
+	12, // 11: paddock.v1.ProgressEvent.advanced:type_name -> paddock.v1.StageAdvanced
+	13, // 12: paddock.v1.ProgressEvent.finished:type_name -> paddock.v1.StageFinished
+	14, // 13: paddock.v1.ProgressEvent.warning:type_name -> paddock.v1.StageWarning
+	74, // 14: paddock.v1.StageFinished.stage_duration:type_name -> google.protobuf.Duration
+	77, // 15: paddock.v1.StageWarning.failure:type_name -> paddock.v1.Failure
+	5,  // 16: paddock.v1.UnloadRequest.mode:type_name -> paddock.v1.UnloadMode
+	74, // 17: paddock.v1.UnloadRequest.drain_timeout:type_name -> google.protobuf.Duration
+	75, // 18: paddock.v1.UnloadResponse.model:type_name -> paddock.v1.Model
+	75, // 19: paddock.v1.SleepResponse.model:type_name -> paddock.v1.Model
+	75, // 20: paddock.v1.PinResponse.model:type_name -> paddock.v1.Model
+	78, // 21: paddock.v1.ListRequest.states:type_name -> paddock.v1.ModelState
+	75, // 22: paddock.v1.ListResponse.models:type_name -> paddock.v1.Model
+	75, // 23: paddock.v1.GetResponse.model:type_name -> paddock.v1.Model
+	27, // 24: paddock.v1.WatchResponse.changed:type_name -> paddock.v1.ModelChanged
+	28, // 25: paddock.v1.WatchResponse.deleted:type_name -> paddock.v1.ModelDeleted
+	29, // 26: paddock.v1.WatchResponse.synced:type_name -> paddock.v1.Synced
+	75, // 27: paddock.v1.ModelChanged.model:type_name -> paddock.v1.Model
+	78, // 28: paddock.v1.ModelChanged.previous_state:type_name -> paddock.v1.ModelState
+	79, // 29: paddock.v1.GenerateRequest.chat:type_name -> paddock.v1.ChatInput
+	80, // 30: paddock.v1.GenerateRequest.tokens:type_name -> paddock.v1.TokenInput
+	81, // 31: paddock.v1.GenerateRequest.sampling:type_name -> paddock.v1.SamplingParams
+	82, // 32: paddock.v1.GenerateRequest.stop:type_name -> paddock.v1.StopParams
+	83, // 33: paddock.v1.GenerateRequest.constraint:type_name -> paddock.v1.OutputConstraint
+	84, // 34: paddock.v1.GenerateRequest.logprobs:type_name -> paddock.v1.LogprobParams
+	6,  // 35: paddock.v1.GenerateRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	74, // 36: paddock.v1.GenerateRequest.keep_alive:type_name -> google.protobuf.Duration
+	34, // 37: paddock.v1.GenerateResponse.started:type_name -> paddock.v1.Started
+	33, // 38: paddock.v1.GenerateResponse.deltas:type_name -> paddock.v1.Deltas
+	35, // 39: paddock.v1.GenerateResponse.generated:type_name -> paddock.v1.Generated
+	32, // 40: paddock.v1.GenerateResponse.prompt_progress:type_name -> paddock.v1.PromptProgress
+	85, // 41: paddock.v1.Deltas.deltas:type_name -> paddock.v1.Delta
+	86, // 42: paddock.v1.Generated.usage:type_name -> paddock.v1.Usage
+	87, // 43: paddock.v1.Generated.timings:type_name -> paddock.v1.Timings
+	37, // 44: paddock.v1.GenerateManyRequest.commands:type_name -> paddock.v1.GenerationCommand
+	38, // 45: paddock.v1.GenerationCommand.start:type_name -> paddock.v1.StartGeneration
+	39, // 46: paddock.v1.GenerationCommand.grant:type_name -> paddock.v1.GrantCredit
+	40, // 47: paddock.v1.GenerationCommand.cancel:type_name -> paddock.v1.CancelGeneration
+	30, // 48: paddock.v1.StartGeneration.request:type_name -> paddock.v1.GenerateRequest
+	42, // 49: paddock.v1.GenerateManyResponse.events:type_name -> paddock.v1.GenerationEvent
+	31, // 50: paddock.v1.GenerationEvent.response:type_name -> paddock.v1.GenerateResponse
+	43, // 51: paddock.v1.GenerationEvent.failed:type_name -> paddock.v1.GenerationError
+	71, // 52: paddock.v1.GenerationError.metadata:type_name -> paddock.v1.GenerationError.MetadataEntry
+	44, // 53: paddock.v1.GenerationError.violations:type_name -> paddock.v1.FieldViolation
+	74, // 54: paddock.v1.GenerationError.retry_delay:type_name -> google.protobuf.Duration
+	6,  // 55: paddock.v1.EmbedRequest.autoload_policy:type_name -> paddock.v1.AutoloadPolicy
+	74, // 56: paddock.v1.EmbedRequest.keep_alive:type_name -> google.protobuf.Duration
+	47, // 57: paddock.v1.EmbedResponse.embeddings:type_name -> paddock.v1.Embedding
+	86, // 58: paddock.v1.EmbedResponse.usage:type_name -> paddock.v1.Usage
+	54, // 59: paddock.v1.StreamLogsResponse.lines:type_name -> paddock.v1.LogLine
+	76, // 60: paddock.v1.LogLine.read_time:type_name -> google.protobuf.Timestamp
+	72, // 61: paddock.v1.DownloadRequest.source:type_name -> paddock.v1.ModelSource
+	10, // 62: paddock.v1.DownloadResponse.progress:type_name -> paddock.v1.ProgressEvent
+	75, // 63: paddock.v1.DownloadResponse.downloaded:type_name -> paddock.v1.Model
+	4,  // 64: paddock.v1.StopDownloadRequest.mode:type_name -> paddock.v1.StopDownloadMode
+	75, // 65: paddock.v1.StopDownloadResponse.model:type_name -> paddock.v1.Model
+	72, // 66: paddock.v1.EstimateMemoryRequest.source:type_name -> paddock.v1.ModelSource
+	73, // 67: paddock.v1.EstimateMemoryRequest.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	63, // 68: paddock.v1.EstimateMemoryResponse.parts:type_name -> paddock.v1.MemoryPart
+	64, // 69: paddock.v1.EstimateMemoryResponse.devices:type_name -> paddock.v1.DeviceMemory
+	2,  // 70: paddock.v1.EstimateMemoryResponse.verdict:type_name -> paddock.v1.MemoryVerdict
+	73, // 71: paddock.v1.EstimateMemoryResponse.runtime_options:type_name -> paddock.v1.RuntimeOptions
+	1,  // 72: paddock.v1.MemoryPart.kind:type_name -> paddock.v1.MemoryPartKind
+	67, // 73: paddock.v1.ReloadResponse.problems:type_name -> paddock.v1.ConfigProblem
+	76, // 74: paddock.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	70, // 75: paddock.v1.GetServerInfoResponse.devices:type_name -> paddock.v1.Device
+	7,  // 76: paddock.v1.ModelManager.Load:input_type -> paddock.v1.LoadRequest
+	15, // 77: paddock.v1.ModelManager.Unload:input_type -> paddock.v1.UnloadRequest
+	17, // 78: paddock.v1.ModelManager.Sleep:input_type -> paddock.v1.SleepRequest
+	19, // 79: paddock.v1.ModelManager.Pin:input_type -> paddock.v1.PinRequest
+	21, // 80: paddock.v1.ModelManager.List:input_type -> paddock.v1.ListRequest
+	23, // 81: paddock.v1.ModelManager.Get:input_type -> paddock.v1.GetRequest
+	25, // 82: paddock.v1.ModelManager.Watch:input_type -> paddock.v1.WatchRequest
+	30, // 83: paddock.v1.ModelManager.Generate:input_type -> paddock.v1.GenerateRequest
+	36, // 84: paddock.v1.ModelManager.GenerateMany:input_type -> paddock.v1.GenerateManyRequest
+	45, // 85: paddock.v1.ModelManager.Embed:input_type -> paddock.v1.EmbedRequest
+	48, // 86: paddock.v1.ModelManager.Tokenize:input_type -> paddock.v1.TokenizeRequest
+	50, // 87: paddock.v1.ModelManager.Detokenize:input_type -> paddock.v1.DetokenizeRequest
+	52, // 88: paddock.v1.ModelManager.StreamLogs:input_type -> paddock.v1.StreamLogsRequest
+	55, // 89: paddock.v1.ModelManager.Download:input_type -> paddock.v1.DownloadRequest
+	57, // 90: paddock.v1.ModelManager.StopDownload:input_type -> paddock.v1.StopDownloadRequest
+	59, // 91: paddock.v1.ModelManager.Delete:input_type -> paddock.v1.DeleteRequest
+	61, // 92: paddock.v1.ModelManager.EstimateMemory:input_type -> paddock.v1.EstimateMemoryRequest
+	65, // 93: paddock.v1.ModelManager.Reload:input_type -> paddock.v1.ReloadRequest
+	68, // 94: paddock.v1.ModelManager.GetServerInfo:input_type -> paddock.v1.GetServerInfoRequest
+	8,  // 95: paddock.v1.ModelManager.Load:output_type -> paddock.v1.LoadResponse
+	16, // 96: paddock.v1.ModelManager.Unload:output_type -> paddock.v1.UnloadResponse
+	18, // 97: paddock.v1.ModelManager.Sleep:output_type -> paddock.v1.SleepResponse
+	20, // 98: paddock.v1.ModelManager.Pin:output_type -> paddock.v1.PinResponse
+	22, // 99: paddock.v1.ModelManager.List:output_type -> paddock.v1.ListResponse
+	24, // 100: paddock.v1.ModelManager.Get:output_type -> paddock.v1.GetResponse
+	26, // 101: paddock.v1.ModelManager.Watch:output_type -> paddock.v1.WatchResponse
+	31, // 102: paddock.v1.ModelManager.Generate:output_type -> paddock.v1.GenerateResponse
+	41, // 103: paddock.v1.ModelManager.GenerateMany:output_type -> paddock.v1.GenerateManyResponse
+	46, // 104: paddock.v1.ModelManager.Embed:output_type -> paddock.v1.EmbedResponse
+	49, // 105: paddock.v1.ModelManager.Tokenize:output_type -> paddock.v1.TokenizeResponse
+	51, // 106: paddock.v1.ModelManager.Detokenize:output_type -> paddock.v1.DetokenizeResponse
+	53, // 107: paddock.v1.ModelManager.StreamLogs:output_type -> paddock.v1.StreamLogsResponse
+	56, // 108: paddock.v1.ModelManager.Download:output_type -> paddock.v1.DownloadResponse
+	58, // 109: paddock.v1.ModelManager.StopDownload:output_type -> paddock.v1.StopDownloadResponse
+	60, // 110: paddock.v1.ModelManager.Delete:output_type -> paddock.v1.DeleteResponse
+	62, // 111: paddock.v1.ModelManager.EstimateMemory:output_type -> paddock.v1.EstimateMemoryResponse
+	66, // 112: paddock.v1.ModelManager.Reload:output_type -> paddock.v1.ReloadResponse
+	69, // 113: paddock.v1.ModelManager.GetServerInfo:output_type -> paddock.v1.GetServerInfoResponse
+	95, // [95:114] is the sub-list for method output_type
+	76, // [76:95] is the sub-list for method input_type
+	76, // [76:76] is the sub-list for extension type_name
+	76, // [76:76] is the sub-list for extension extendee
+	0,  // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_manager_proto_init() }
@@ -5159,8 +5334,8 @@ func file_paddock_v1_model_manager_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paddock_v1_model_manager_proto_rawDesc), len(file_paddock_v1_model_manager_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   63,
+			NumEnums:      7,
+			NumMessages:   65,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -33,6 +33,7 @@ const (
 	ModelManager_Detokenize_FullMethodName     = "/paddock.v1.ModelManager/Detokenize"
 	ModelManager_StreamLogs_FullMethodName     = "/paddock.v1.ModelManager/StreamLogs"
 	ModelManager_Download_FullMethodName       = "/paddock.v1.ModelManager/Download"
+	ModelManager_StopDownload_FullMethodName   = "/paddock.v1.ModelManager/StopDownload"
 	ModelManager_Delete_FullMethodName         = "/paddock.v1.ModelManager/Delete"
 	ModelManager_EstimateMemory_FullMethodName = "/paddock.v1.ModelManager/EstimateMemory"
 	ModelManager_Reload_FullMethodName         = "/paddock.v1.ModelManager/Reload"
@@ -140,12 +141,28 @@ type ModelManagerClient interface {
 	StreamLogs(ctx context.Context, in *StreamLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamLogsResponse], error)
 	// Downloads a model without loading it and streams progress.
 	//
-	// The last message is `downloaded`. Concurrent calls for one model share one
-	// download.
-	Download(ctx context.Context, in *DownloadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadResponse], error)
-	// Deletes the local files of a model.
+	// The order is `progress` any number of times, then `downloaded`. Concurrent
+	// calls for one model share one download. It goes on from the bytes there
+	// are, after whatever interruption. Cancelling the call, or its deadline
+	// passing, stops the stream and not the download; `StopDownload` stops it.
 	//
-	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+	// Common errors: `NOT_FOUND` no such repository, revision or file;
+	// `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+	// hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+	// what arrived is not what the hub announced; `ABORTED` stopped by
+	// `StopDownload`.
+	Download(ctx context.Context, in *DownloadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadResponse], error)
+	// Pauses or cancels a download, for all who wait for it.
+	//
+	// Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+	// no such download.
+	StopDownload(ctx context.Context, in *StopDownloadRequest, opts ...grpc.CallOption) (*StopDownloadResponse, error)
+	// Deletes the local files of a model that came from the Hugging Face Hub,
+	// apart from those that another revision uses, and forgets its download.
+	//
+	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+	// download of it runs. Files in a model directory are the operator's: they
+	// are refused with `INVALID_ARGUMENT`.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.
 	//
@@ -362,6 +379,16 @@ func (c *modelManagerClient) Download(ctx context.Context, in *DownloadRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ModelManager_DownloadClient = grpc.ServerStreamingClient[DownloadResponse]
 
+func (c *modelManagerClient) StopDownload(ctx context.Context, in *StopDownloadRequest, opts ...grpc.CallOption) (*StopDownloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StopDownloadResponse)
+	err := c.cc.Invoke(ctx, ModelManager_StopDownload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *modelManagerClient) Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteResponse)
@@ -503,12 +530,28 @@ type ModelManagerServer interface {
 	StreamLogs(*StreamLogsRequest, grpc.ServerStreamingServer[StreamLogsResponse]) error
 	// Downloads a model without loading it and streams progress.
 	//
-	// The last message is `downloaded`. Concurrent calls for one model share one
-	// download.
-	Download(*DownloadRequest, grpc.ServerStreamingServer[DownloadResponse]) error
-	// Deletes the local files of a model.
+	// The order is `progress` any number of times, then `downloaded`. Concurrent
+	// calls for one model share one download. It goes on from the bytes there
+	// are, after whatever interruption. Cancelling the call, or its deadline
+	// passing, stops the stream and not the download; `StopDownload` stops it.
 	//
-	// Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+	// Common errors: `NOT_FOUND` no such repository, revision or file;
+	// `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+	// hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+	// what arrived is not what the hub announced; `ABORTED` stopped by
+	// `StopDownload`.
+	Download(*DownloadRequest, grpc.ServerStreamingServer[DownloadResponse]) error
+	// Pauses or cancels a download, for all who wait for it.
+	//
+	// Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+	// no such download.
+	StopDownload(context.Context, *StopDownloadRequest) (*StopDownloadResponse, error)
+	// Deletes the local files of a model that came from the Hugging Face Hub,
+	// apart from those that another revision uses, and forgets its download.
+	//
+	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+	// download of it runs. Files in a model directory are the operator's: they
+	// are refused with `INVALID_ARGUMENT`.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.
 	//
@@ -578,6 +621,9 @@ func (UnimplementedModelManagerServer) StreamLogs(*StreamLogsRequest, grpc.Serve
 }
 func (UnimplementedModelManagerServer) Download(*DownloadRequest, grpc.ServerStreamingServer[DownloadResponse]) error {
 	return status.Error(codes.Unimplemented, "method Download not implemented")
+}
+func (UnimplementedModelManagerServer) StopDownload(context.Context, *StopDownloadRequest) (*StopDownloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StopDownload not implemented")
 }
 func (UnimplementedModelManagerServer) Delete(context.Context, *DeleteRequest) (*DeleteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Delete not implemented")
@@ -818,6 +864,24 @@ func _ModelManager_Download_Handler(srv interface{}, stream grpc.ServerStream) e
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ModelManager_DownloadServer = grpc.ServerStreamingServer[DownloadResponse]
 
+func _ModelManager_StopDownload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StopDownloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ModelManagerServer).StopDownload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ModelManager_StopDownload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ModelManagerServer).StopDownload(ctx, req.(*StopDownloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ModelManager_Delete_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteRequest)
 	if err := dec(in); err != nil {
@@ -928,6 +992,10 @@ var ModelManager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Detokenize",
 			Handler:    _ModelManager_Detokenize_Handler,
+		},
+		{
+			MethodName: "StopDownload",
+			Handler:    _ModelManager_StopDownload_Handler,
 		},
 		{
 			MethodName: "Delete",

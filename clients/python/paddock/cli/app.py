@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from paddock.cli import daemons, doctor, memory, models, talk, watch
+from paddock.cli import daemons, doctor, hub, memory, models, talk, watch
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -60,6 +60,10 @@ app.command(rich_help_panel=_MODELS)(watch.watch)
 
 
 app.command(rich_help_panel=_OTHER)(doctor.doctor)
+
+
+for command in (hub.pull, hub.rm):
+    app.command(rich_help_panel=_MODELS)(command)
 
 
 @app.command(rich_help_panel=_OTHER)

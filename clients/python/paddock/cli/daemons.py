@@ -57,6 +57,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "models_preset": Annotated[
         Path | None, typer.Option(metavar="FILE", help="llama-server's INI file about models.")
     ],
+    "hf_cache": Annotated[
+        bool | None, typer.Option(help="Whether models of the Hugging Face Hub are served and downloaded.")
+    ],
     "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
     "models_autoload": Annotated[
         bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")

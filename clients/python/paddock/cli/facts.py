@@ -6,7 +6,14 @@ from datetime import datetime
 
 from rich.text import Text
 
-from paddock.cli.output import ago_text, bytes_text, count_text, seconds_text, state_text
+from paddock.cli.output import (
+    ago_text,
+    bytes_text,
+    count_text,
+    download_text,
+    seconds_text,
+    state_text,
+)
 from paddock.types import HuggingFaceSource, Model, ModelOrigin, ModelSource, RuntimeOptions
 
 Fact = tuple[str, str | Text]
@@ -19,6 +26,7 @@ def facts(model: Model, now: datetime | None = None) -> list[Fact]:
         *_names(model),
         ("State", state_text(model.state)),
         ("Files", f"{_source(model.source)}, {bytes_text(model.size_bytes)}, {model.artifact_state}"),
+        *_download(model),
         *_info(model),
         *_running(model, now),
         *_failure(model, now),
@@ -46,6 +54,16 @@ def _source(source: ModelSource | None) -> str:
     if isinstance(source, HuggingFaceSource):
         return f"{source.repo_id}@{source.revision or 'main'} {source.file_pattern}"
     return source.path
+
+
+def _download(model: Model) -> list[Fact]:
+    download = model.download
+    if download is None:
+        return []
+    figures = f"{bytes_text(download.completed_bytes)} of {bytes_text(download.total_bytes)}"
+    rate = f", {bytes_text(download.bytes_per_second)}/s" if download.bytes_per_second else ""
+    facts: list[Fact] = [("Download", Text.assemble(download_text(download), f", {figures}{rate}"))]
+    return [*facts, ("", download.failure.message)] if download.failure is not None else facts
 
 
 def _info(model: Model) -> list[Fact]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paddock.types import ModelState
+from paddock.types import Download, ModelState
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -133,6 +133,14 @@ def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
 def state_text(state: ModelState, reason: str = "") -> Text:
     """Return a state in its colour, with the reason of a failure."""
     return Text(f"{state} ({reason})" if reason else str(state), style=_STATE_STYLES.get(state, ""))
+
+
+def download_text(download: Download) -> Text:
+    """Return how a download is, in its colour: `downloading 45%`, `paused`, `download failed (REASON)`."""
+    if download.failure is not None:
+        return Text(f"download failed ({download.failure.reason})", style="red")
+    share = f" {download.completed_bytes / download.total_bytes:.0%}" if download.total_bytes else ""
+    return Text(f"paused{share}" if download.paused else f"downloading{share}", style="yellow")
 
 
 def bytes_text(count: int) -> str:

@@ -36,6 +36,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._began: datetime | None = None
+        self._before: int | None = None
         self.fraction: float | None = None
         self.completed_bytes = 0
         self.total_bytes = 0
@@ -43,7 +44,7 @@ class Meter:
 
     def start(self, progress: LoadProgress) -> None:
         """Begin a stage."""
-        self._began = progress.event_time
+        self._began, self._before = progress.event_time, None
         self.fraction = self.bytes_per_second = None
         self.completed_bytes = self.total_bytes = 0
 
@@ -52,9 +53,13 @@ class Meter:
         self.fraction = progress.fraction
         self.completed_bytes = progress.completed_bytes
         self.total_bytes = progress.total_bytes
+        if self._before is None:
+            # A download that goes on has bytes before its first: they did not arrive now.
+            self._before = progress.completed_bytes if progress.stage is Stage.DOWNLOAD else 0
         if self._began is not None and progress.event_time is not None:
             seconds = (progress.event_time - self._began).total_seconds()
-            self.bytes_per_second = progress.completed_bytes / seconds if seconds > 0 else None
+            arrived = progress.completed_bytes - self._before
+            self.bytes_per_second = arrived / seconds if seconds > 0 and arrived > 0 else None
 
     def text(self) -> str:
         """Say bytes and rate: `500 MB of 1.0 GB, 250 MB/s`; empty in stages that move none."""

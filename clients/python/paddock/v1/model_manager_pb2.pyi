@@ -179,6 +179,30 @@ LOAD_CONFLICT_POLICY_RELOAD: LoadConflictPolicy.ValueType  # 3
 """Drain, unload, load again."""
 Global___LoadConflictPolicy: _TypeAlias = LoadConflictPolicy  # noqa: Y015
 
+class _StopDownloadMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StopDownloadModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopDownloadMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STOP_DOWNLOAD_MODE_UNSPECIFIED: _StopDownloadMode.ValueType  # 0
+    """Never sent."""
+    STOP_DOWNLOAD_MODE_PAUSE: _StopDownloadMode.ValueType  # 1
+    """Keep what has arrived. The model stays listed as paused."""
+    STOP_DOWNLOAD_MODE_CANCEL: _StopDownloadMode.ValueType  # 2
+    """Remove what has arrived and is not complete."""
+
+class StopDownloadMode(_StopDownloadMode, metaclass=_StopDownloadModeEnumTypeWrapper):
+    """What to do with the files of a download that is stopped."""
+
+STOP_DOWNLOAD_MODE_UNSPECIFIED: StopDownloadMode.ValueType  # 0
+"""Never sent."""
+STOP_DOWNLOAD_MODE_PAUSE: StopDownloadMode.ValueType  # 1
+"""Keep what has arrived. The model stays listed as paused."""
+STOP_DOWNLOAD_MODE_CANCEL: StopDownloadMode.ValueType  # 2
+"""Remove what has arrived and is not complete."""
+Global___StopDownloadMode: _TypeAlias = StopDownloadMode  # noqa: Y015
+
 class _UnloadMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -239,13 +263,16 @@ class LoadRequest(_message.Message):
     CONFLICT_POLICY_FIELD_NUMBER: _builtins.int
     LOAD_TIMEOUT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model to load. Required."""
+    """Model to load. Required. `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]` names a
+    model of the Hugging Face Hub, which is downloaded when it is not there.
+    """
     conflict_policy: Global___LoadConflictPolicy.ValueType
     """What to do when the model is loaded with different options."""
     @_builtins.property
     def source(self) -> _model_pb2.ModelSource:
-        """Where to get it. Required the first time a model is mentioned; later it
-        must match or be unset.
+        """Where to get it. May be unset for a model that `List` shows, and for an
+        `hf:` name. With `hugging_face`, `model` is the same as an `hf:` name, or
+        the id the model has or will have.
         """
 
     @_builtins.property
@@ -1820,10 +1847,13 @@ class DownloadRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Identifier to give the model. Required."""
+    """Model to download: `hf:ORG/REPO[@REVISION][:QUANT-OR-GLOB]`, or the id of a
+    model from the Hugging Face Hub, which is the same without `hf:`. Required
+    unless `source` is set.
+    """
     @_builtins.property
     def source(self) -> _model_pb2.ModelSource:
-        """Where to get it. Required."""
+        """The same in parts. `model` may be empty then."""
 
     def __init__(
         self,
@@ -1872,6 +1902,56 @@ class DownloadResponse(_message.Message):
 Global___DownloadResponse: _TypeAlias = DownloadResponse  # noqa: Y015
 
 @_typing.final
+class StopDownloadRequest(_message.Message):
+    """Request of `StopDownload`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model whose download to stop, as `Download` or `List` names it. Required."""
+    mode: Global___StopDownloadMode.ValueType
+    """What to do with the files. Required."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        mode: Global___StopDownloadMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopDownloadRequest: _TypeAlias = StopDownloadRequest  # noqa: Y015
+
+@_typing.final
+class StopDownloadResponse(_message.Message):
+    """Response of `StopDownload`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> _model_pb2.Model:
+        """The model, no longer in `ARTIFACT_STATE_DOWNLOADING`."""
+
+    def __init__(
+        self,
+        *,
+        model: _model_pb2.Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopDownloadResponse: _TypeAlias = StopDownloadResponse  # noqa: Y015
+
+@_typing.final
 class DeleteRequest(_message.Message):
     """Request of `Delete`."""
 
@@ -1880,7 +1960,7 @@ class DeleteRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model to delete. Required."""
+    """Model to delete, its id or its `hf:` name. Required."""
     allow_missing: _builtins.bool
     """Succeed when there is no such model."""
     def __init__(

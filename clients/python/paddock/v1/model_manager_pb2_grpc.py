@@ -114,6 +114,11 @@ class ModelManagerStub(object):
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=paddock_dot_v1_dot_model__manager__pb2.DownloadResponse.FromString,
                 _registered_method=True)
+        self.StopDownload = channel.unary_unary(
+                '/paddock.v1.ModelManager/StopDownload',
+                request_serializer=paddock_dot_v1_dot_model__manager__pb2.StopDownloadRequest.SerializeToString,
+                response_deserializer=paddock_dot_v1_dot_model__manager__pb2.StopDownloadResponse.FromString,
+                _registered_method=True)
         self.Delete = channel.unary_unary(
                 '/paddock.v1.ModelManager/Delete',
                 request_serializer=paddock_dot_v1_dot_model__manager__pb2.DeleteRequest.SerializeToString,
@@ -301,17 +306,38 @@ class ModelManagerServicer(object):
     def Download(self, request, context):
         """Downloads a model without loading it and streams progress.
 
-        The last message is `downloaded`. Concurrent calls for one model share one
-        download.
+        The order is `progress` any number of times, then `downloaded`. Concurrent
+        calls for one model share one download. It goes on from the bytes there
+        are, after whatever interruption. Cancelling the call, or its deadline
+        passing, stops the stream and not the download; `StopDownload` stops it.
+
+        Common errors: `NOT_FOUND` no such repository, revision or file;
+        `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+        hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+        what arrived is not what the hub announced; `ABORTED` stopped by
+        `StopDownload`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopDownload(self, request, context):
+        """Pauses or cancels a download, for all who wait for it.
+
+        Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+        no such download.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Deletes the local files of a model.
+        """Deletes the local files of a model that came from the Hugging Face Hub,
+        apart from those that another revision uses, and forgets its download.
 
-        Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+        Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+        download of it runs. Files in a model directory are the operator's: they
+        are refused with `INVALID_ARGUMENT`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -421,6 +447,11 @@ def add_ModelManagerServicer_to_server(servicer, server):
                     servicer.Download,
                     request_deserializer=paddock_dot_v1_dot_model__manager__pb2.DownloadRequest.FromString,
                     response_serializer=paddock_dot_v1_dot_model__manager__pb2.DownloadResponse.SerializeToString,
+            ),
+            'StopDownload': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopDownload,
+                    request_deserializer=paddock_dot_v1_dot_model__manager__pb2.StopDownloadRequest.FromString,
+                    response_serializer=paddock_dot_v1_dot_model__manager__pb2.StopDownloadResponse.SerializeToString,
             ),
             'Delete': grpc.unary_unary_rpc_method_handler(
                     servicer.Delete,
@@ -831,6 +862,33 @@ class ModelManager(object):
             '/paddock.v1.ModelManager/Download',
             paddock_dot_v1_dot_model__manager__pb2.DownloadRequest.SerializeToString,
             paddock_dot_v1_dot_model__manager__pb2.DownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopDownload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paddock.v1.ModelManager/StopDownload',
+            paddock_dot_v1_dot_model__manager__pb2.StopDownloadRequest.SerializeToString,
+            paddock_dot_v1_dot_model__manager__pb2.StopDownloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -138,13 +138,30 @@ class ModelManagerStub:
     Download: _grpc.UnaryStreamMultiCallable[_model_manager_pb2.DownloadRequest, _model_manager_pb2.DownloadResponse]
     """Downloads a model without loading it and streams progress.
 
-    The last message is `downloaded`. Concurrent calls for one model share one
-    download.
+    The order is `progress` any number of times, then `downloaded`. Concurrent
+    calls for one model share one download. It goes on from the bytes there
+    are, after whatever interruption. Cancelling the call, or its deadline
+    passing, stops the stream and not the download; `StopDownload` stops it.
+
+    Common errors: `NOT_FOUND` no such repository, revision or file;
+    `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+    hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+    what arrived is not what the hub announced; `ABORTED` stopped by
+    `StopDownload`.
+    """
+    StopDownload: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.StopDownloadRequest, _model_manager_pb2.StopDownloadResponse]
+    """Pauses or cancels a download, for all who wait for it.
+
+    Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+    no such download.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.DeleteRequest, _model_manager_pb2.DeleteResponse]
-    """Deletes the local files of a model.
+    """Deletes the local files of a model that came from the Hugging Face Hub,
+    apart from those that another revision uses, and forgets its download.
 
-    Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+    Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+    download of it runs. Files in a model directory are the operator's: they
+    are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]
     """Says what a model would take in memory, without loading it.
@@ -276,13 +293,30 @@ class ModelManagerAsyncStub(ModelManagerStub):
     Download: _aio.UnaryStreamMultiCallable[_model_manager_pb2.DownloadRequest, _model_manager_pb2.DownloadResponse]  # type: ignore[assignment]
     """Downloads a model without loading it and streams progress.
 
-    The last message is `downloaded`. Concurrent calls for one model share one
-    download.
+    The order is `progress` any number of times, then `downloaded`. Concurrent
+    calls for one model share one download. It goes on from the bytes there
+    are, after whatever interruption. Cancelling the call, or its deadline
+    passing, stops the stream and not the download; `StopDownload` stops it.
+
+    Common errors: `NOT_FOUND` no such repository, revision or file;
+    `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+    hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+    what arrived is not what the hub announced; `ABORTED` stopped by
+    `StopDownload`.
+    """
+    StopDownload: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.StopDownloadRequest, _model_manager_pb2.StopDownloadResponse]  # type: ignore[assignment]
+    """Pauses or cancels a download, for all who wait for it.
+
+    Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+    no such download.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.DeleteRequest, _model_manager_pb2.DeleteResponse]  # type: ignore[assignment]
-    """Deletes the local files of a model.
+    """Deletes the local files of a model that came from the Hugging Face Hub,
+    apart from those that another revision uses, and forgets its download.
 
-    Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+    Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+    download of it runs. Files in a model directory are the operator's: they
+    are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
     """Says what a model would take in memory, without loading it.
@@ -495,8 +529,28 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_manager_pb2.DownloadResponse], _abc.AsyncIterator[_model_manager_pb2.DownloadResponse]]:
         """Downloads a model without loading it and streams progress.
 
-        The last message is `downloaded`. Concurrent calls for one model share one
-        download.
+        The order is `progress` any number of times, then `downloaded`. Concurrent
+        calls for one model share one download. It goes on from the bytes there
+        are, after whatever interruption. Cancelling the call, or its deadline
+        passing, stops the stream and not the download; `StopDownload` stops it.
+
+        Common errors: `NOT_FOUND` no such repository, revision or file;
+        `FAILED_PRECONDITION` the hub wants a token or a licence; `UNAVAILABLE` the
+        hub cannot be reached; `RESOURCE_EXHAUSTED` the disk is full; `DATA_LOSS`
+        what arrived is not what the hub announced; `ABORTED` stopped by
+        `StopDownload`.
+        """
+
+    @_abc_1.abstractmethod
+    def StopDownload(
+        self,
+        request: _model_manager_pb2.StopDownloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_manager_pb2.StopDownloadResponse, _abc.Awaitable[_model_manager_pb2.StopDownloadResponse]]:
+        """Pauses or cancels a download, for all who wait for it.
+
+        Succeeds when it is stopped already. Fails with `NOT_FOUND` when there is
+        no such download.
         """
 
     @_abc_1.abstractmethod
@@ -505,9 +559,12 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         request: _model_manager_pb2.DeleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_manager_pb2.DeleteResponse, _abc.Awaitable[_model_manager_pb2.DeleteResponse]]:
-        """Deletes the local files of a model.
+        """Deletes the local files of a model that came from the Hugging Face Hub,
+        apart from those that another revision uses, and forgets its download.
 
-        Fails with `FAILED_PRECONDITION` unless the model is unloaded.
+        Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
+        download of it runs. Files in a model directory are the operator's: they
+        are refused with `INVALID_ARGUMENT`.
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16paddock/v1/model.proto\x12\npaddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfc\x05\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06source\x18\x02 \x01(\x0b\x32\x17.paddock.v1.ModelSource\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.paddock.v1.ModelState\x12\x31\n\x0e\x61rtifact_state\x18\x04 \x01(\x0e\x32\x19.paddock.v1.ArtifactState\x12\x0f\n\x07load_id\x18\x05 \x01(\t\x12\x33\n\x0fruntime_options\x18\x06 \x01(\x0b\x32\x1a.paddock.v1.RuntimeOptions\x12#\n\x04info\x18\x07 \x01(\x0b\x32\x15.paddock.v1.ModelInfo\x12\"\n\x06worker\x18\x08 \x01(\x0b\x32\x12.paddock.v1.Worker\x12)\n\x0clast_failure\x18\t \x01(\x0b\x32\x13.paddock.v1.Failure\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12-\n\tload_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x06memory\x18\x0e \x01(\x0b\x32\x18.paddock.v1.MemoryCharge\x12\x13\n\x0blease_count\x18\x0f \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\x10 \x01(\x05\x12\x0f\n\x07\x61liases\x18\x14 \x03(\t\x12\x0c\n\x04tags\x18\x15 \x03(\t\x12\x0e\n\x06pinned\x18\x16 \x01(\x08\x12\x10\n\x08priority\x18\x17 \x01(\x05\x12\'\n\x06origin\x18\x18 \x01(\x0e\x32\x17.paddock.v1.ModelOrigin\x12\x13\n\x0b\x64\x65scription\x18\x1a \x01(\t\x12\r\n\x05group\x18\x1b \x01(\t\x12\x17\n\x0fload_on_startup\x18\x1c \x01(\x08\"\x98\x01\n\x0cMemoryCharge\x12&\n\x05phase\x18\x01 \x01(\x0e\x32\x17.paddock.v1.MemoryPhase\x12\x32\n\x05\x62ytes\x18\x02 \x03(\x0b\x32#.paddock.v1.MemoryCharge.BytesEntry\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"x\n\x0bModelSource\x12\x35\n\x0chugging_face\x18\x01 \x01(\x0b\x32\x1d.paddock.v1.HuggingFaceSourceH\x00\x12(\n\x05local\x18\x02 \x01(\x0b\x32\x17.paddock.v1.LocalSourceH\x00\x42\x08\n\x06source\"L\n\x11HuggingFaceSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x66ile_pattern\x18\x03 \x01(\t\"\x1b\n\x0bLocalSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xc1\x03\n\x0eRuntimeOptions\x12 \n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nslot_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0cthread_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_type_k\x18\x07 \x01(\tH\x05\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_type_v\x18\x08 \x01(\tH\x06\x88\x01\x01\x12\x30\n\rsleep_timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x16\n\x14_context_size_tokensB\x12\n\x10_gpu_layer_countB\r\n\x0b_slot_countB\x0f\n\r_thread_countB\x14\n\x12_batch_size_tokensB\x0f\n\r_cache_type_kB\x0f\n\r_cache_type_v\"\xe0\x02\n\tModelInfo\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x1e\n\x16trained_context_tokens\x18\x04 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x05 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\x05\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x16\n\x0e\x65mbedding_only\x18\t \x01(\x08\x12.\n\x10input_modalities\x18\n \x03(\x0e\x32\x14.paddock.v1.Modality\x12\x1a\n\x12template_has_tools\x18\x0b \x01(\x08\x12\x1d\n\x15template_has_thinking\x18\x0c \x01(\x08\"\xed\x01\n\x06Worker\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x61\x63tive_request_count\x18\x04 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x05 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14kv_cache_used_tokens\x18\x07 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x08 \x01(\x05\"\x8a\x02\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x33\n\x08metadata\x18\x03 \x03(\x0b\x32!.paddock.v1.Failure.MetadataEntry\x12\x30\n\x0c\x66\x61ilure_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_tail\x18\x05 \x03(\t\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x07 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_exit_code*\xc1\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x18\n\x14MODEL_STATE_SLEEPING\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*~\n\x0bMemoryPhase\x12\x1c\n\x18MEMORY_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MEMORY_PHASE_PREDICTED\x10\x01\x12\x19\n\x15MEMORY_PHASE_MEASURED\x10\x02\x12\x1a\n\x16MEMORY_PHASE_RELEASING\x10\x03*\x89\x01\n\rArtifactState\x12\x1e\n\x1a\x41RTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41RTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n\x1a\x41RTIFACT_STATE_DOWNLOADING\x10\x02\x12\x1d\n\x19\x41RTIFACT_STATE_DOWNLOADED\x10\x03*\x9b\x01\n\x0bModelOrigin\x12\x1c\n\x18MODEL_ORIGIN_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_ORIGIN_HUB_CACHE\x10\x01\x12\x1b\n\x17MODEL_ORIGIN_MODELS_DIR\x10\x02\x12\x17\n\x13MODEL_ORIGIN_PRESET\x10\x03\x12\x1c\n\x18MODEL_ORIGIN_CONFIG_FILE\x10\x04*_\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02\x12\x12\n\x0eMODALITY_AUDIO\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16paddock/v1/model.proto\x12\npaddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x06\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06source\x18\x02 \x01(\x0b\x32\x17.paddock.v1.ModelSource\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.paddock.v1.ModelState\x12\x31\n\x0e\x61rtifact_state\x18\x04 \x01(\x0e\x32\x19.paddock.v1.ArtifactState\x12\x0f\n\x07load_id\x18\x05 \x01(\t\x12\x33\n\x0fruntime_options\x18\x06 \x01(\x0b\x32\x1a.paddock.v1.RuntimeOptions\x12#\n\x04info\x18\x07 \x01(\x0b\x32\x15.paddock.v1.ModelInfo\x12\"\n\x06worker\x18\x08 \x01(\x0b\x32\x12.paddock.v1.Worker\x12)\n\x0clast_failure\x18\t \x01(\x0b\x32\x13.paddock.v1.Failure\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12-\n\tload_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x06memory\x18\x0e \x01(\x0b\x32\x18.paddock.v1.MemoryCharge\x12\x13\n\x0blease_count\x18\x0f \x01(\x05\x12\x1d\n\x15waiting_request_count\x18\x10 \x01(\x05\x12\x0f\n\x07\x61liases\x18\x14 \x03(\t\x12\x0c\n\x04tags\x18\x15 \x03(\t\x12\x0e\n\x06pinned\x18\x16 \x01(\x08\x12\x10\n\x08priority\x18\x17 \x01(\x05\x12\'\n\x06origin\x18\x18 \x01(\x0e\x32\x17.paddock.v1.ModelOrigin\x12&\n\x08\x64ownload\x18\x19 \x01(\x0b\x32\x14.paddock.v1.Download\x12\x13\n\x0b\x64\x65scription\x18\x1a \x01(\t\x12\r\n\x05group\x18\x1b \x01(\t\x12\x17\n\x0fload_on_startup\x18\x1c \x01(\x08\"\x98\x01\n\x0cMemoryCharge\x12&\n\x05phase\x18\x01 \x01(\x0e\x32\x17.paddock.v1.MemoryPhase\x12\x32\n\x05\x62ytes\x18\x02 \x03(\x0b\x32#.paddock.v1.MemoryCharge.BytesEntry\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x88\x01\n\x08\x44ownload\x12\x17\n\x0f\x63ompleted_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x03\x12\x0e\n\x06paused\x18\x04 \x01(\x08\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.paddock.v1.Failure\"x\n\x0bModelSource\x12\x35\n\x0chugging_face\x18\x01 \x01(\x0b\x32\x1d.paddock.v1.HuggingFaceSourceH\x00\x12(\n\x05local\x18\x02 \x01(\x0b\x32\x17.paddock.v1.LocalSourceH\x00\x42\x08\n\x06source\"L\n\x11HuggingFaceSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x66ile_pattern\x18\x03 \x01(\t\"\x1b\n\x0bLocalSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xc1\x03\n\x0eRuntimeOptions\x12 \n\x13\x63ontext_size_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nslot_count\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0cthread_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1e\n\x11\x62\x61tch_size_tokens\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_type_k\x18\x07 \x01(\tH\x05\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_type_v\x18\x08 \x01(\tH\x06\x88\x01\x01\x12\x30\n\rsleep_timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x16\n\x14_context_size_tokensB\x12\n\x10_gpu_layer_countB\r\n\x0b_slot_countB\x0f\n\r_thread_countB\x14\n\x12_batch_size_tokensB\x0f\n\r_cache_type_kB\x0f\n\r_cache_type_v\"\xe0\x02\n\tModelInfo\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x1e\n\x16trained_context_tokens\x18\x04 \x01(\x05\x12!\n\x19\x65mbedding_dimension_count\x18\x05 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\x05\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x16\n\x0e\x65mbedding_only\x18\t \x01(\x08\x12.\n\x10input_modalities\x18\n \x03(\x0e\x32\x14.paddock.v1.Modality\x12\x1a\n\x12template_has_tools\x18\x0b \x01(\x08\x12\x1d\n\x15template_has_thinking\x18\x0c \x01(\x08\"\xed\x01\n\x06Worker\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x61\x63tive_request_count\x18\x04 \x01(\x05\x12\x1c\n\x14queued_request_count\x18\x05 \x01(\x05\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14kv_cache_used_tokens\x18\x07 \x01(\x05\x12\x1d\n\x15kv_cache_total_tokens\x18\x08 \x01(\x05\"\x8a\x02\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x33\n\x08metadata\x18\x03 \x03(\x0b\x32!.paddock.v1.Failure.MetadataEntry\x12\x30\n\x0c\x66\x61ilure_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_tail\x18\x05 \x03(\t\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x07 \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\n_exit_code*\xc1\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x12\x18\n\x14MODEL_STATE_SLEEPING\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*~\n\x0bMemoryPhase\x12\x1c\n\x18MEMORY_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MEMORY_PHASE_PREDICTED\x10\x01\x12\x19\n\x15MEMORY_PHASE_MEASURED\x10\x02\x12\x1a\n\x16MEMORY_PHASE_RELEASING\x10\x03*\x89\x01\n\rArtifactState\x12\x1e\n\x1a\x41RTIFACT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41RTIFACT_STATE_ABSENT\x10\x01\x12\x1e\n\x1a\x41RTIFACT_STATE_DOWNLOADING\x10\x02\x12\x1d\n\x19\x41RTIFACT_STATE_DOWNLOADED\x10\x03*\x9b\x01\n\x0bModelOrigin\x12\x1c\n\x18MODEL_ORIGIN_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_ORIGIN_HUB_CACHE\x10\x01\x12\x1b\n\x17MODEL_ORIGIN_MODELS_DIR\x10\x02\x12\x17\n\x13MODEL_ORIGIN_PRESET\x10\x03\x12\x1c\n\x18MODEL_ORIGIN_CONFIG_FILE\x10\x04*_\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02\x12\x12\n\x0eMODALITY_AUDIO\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,36 +37,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMORYCHARGE_BYTESENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=2571
-  _globals['_MODELSTATE']._serialized_end=2764
-  _globals['_MEMORYPHASE']._serialized_start=2766
-  _globals['_MEMORYPHASE']._serialized_end=2892
-  _globals['_ARTIFACTSTATE']._serialized_start=2895
-  _globals['_ARTIFACTSTATE']._serialized_end=3032
-  _globals['_MODELORIGIN']._serialized_start=3035
-  _globals['_MODELORIGIN']._serialized_end=3190
-  _globals['_MODALITY']._serialized_start=3192
-  _globals['_MODALITY']._serialized_end=3287
+  _globals['_MODELSTATE']._serialized_start=2750
+  _globals['_MODELSTATE']._serialized_end=2943
+  _globals['_MEMORYPHASE']._serialized_start=2945
+  _globals['_MEMORYPHASE']._serialized_end=3071
+  _globals['_ARTIFACTSTATE']._serialized_start=3074
+  _globals['_ARTIFACTSTATE']._serialized_end=3211
+  _globals['_MODELORIGIN']._serialized_start=3214
+  _globals['_MODELORIGIN']._serialized_end=3369
+  _globals['_MODALITY']._serialized_start=3371
+  _globals['_MODALITY']._serialized_end=3466
   _globals['_MODEL']._serialized_start=104
-  _globals['_MODEL']._serialized_end=868
-  _globals['_MEMORYCHARGE']._serialized_start=871
-  _globals['_MEMORYCHARGE']._serialized_end=1023
-  _globals['_MEMORYCHARGE_BYTESENTRY']._serialized_start=979
-  _globals['_MEMORYCHARGE_BYTESENTRY']._serialized_end=1023
-  _globals['_MODELSOURCE']._serialized_start=1025
-  _globals['_MODELSOURCE']._serialized_end=1145
-  _globals['_HUGGINGFACESOURCE']._serialized_start=1147
-  _globals['_HUGGINGFACESOURCE']._serialized_end=1223
-  _globals['_LOCALSOURCE']._serialized_start=1225
-  _globals['_LOCALSOURCE']._serialized_end=1252
-  _globals['_RUNTIMEOPTIONS']._serialized_start=1255
-  _globals['_RUNTIMEOPTIONS']._serialized_end=1704
-  _globals['_MODELINFO']._serialized_start=1707
-  _globals['_MODELINFO']._serialized_end=2059
-  _globals['_WORKER']._serialized_start=2062
-  _globals['_WORKER']._serialized_end=2299
-  _globals['_FAILURE']._serialized_start=2302
-  _globals['_FAILURE']._serialized_end=2568
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=2507
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=2554
+  _globals['_MODEL']._serialized_end=908
+  _globals['_MEMORYCHARGE']._serialized_start=911
+  _globals['_MEMORYCHARGE']._serialized_end=1063
+  _globals['_MEMORYCHARGE_BYTESENTRY']._serialized_start=1019
+  _globals['_MEMORYCHARGE_BYTESENTRY']._serialized_end=1063
+  _globals['_DOWNLOAD']._serialized_start=1066
+  _globals['_DOWNLOAD']._serialized_end=1202
+  _globals['_MODELSOURCE']._serialized_start=1204
+  _globals['_MODELSOURCE']._serialized_end=1324
+  _globals['_HUGGINGFACESOURCE']._serialized_start=1326
+  _globals['_HUGGINGFACESOURCE']._serialized_end=1402
+  _globals['_LOCALSOURCE']._serialized_start=1404
+  _globals['_LOCALSOURCE']._serialized_end=1431
+  _globals['_RUNTIMEOPTIONS']._serialized_start=1434
+  _globals['_RUNTIMEOPTIONS']._serialized_end=1883
+  _globals['_MODELINFO']._serialized_start=1886
+  _globals['_MODELINFO']._serialized_end=2238
+  _globals['_WORKER']._serialized_start=2241
+  _globals['_WORKER']._serialized_end=2478
+  _globals['_FAILURE']._serialized_start=2481
+  _globals['_FAILURE']._serialized_end=2747
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=2686
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=2733
 # @@protoc_insertion_point(module_scope)

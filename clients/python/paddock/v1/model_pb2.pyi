@@ -216,6 +216,7 @@ class Model(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     LOAD_ON_STARTUP_FIELD_NUMBER: _builtins.int
@@ -305,6 +306,12 @@ class Model(_message.Message):
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels the configuration gives it."""
 
+    @_builtins.property
+    def download(self) -> Global___Download:
+        """The download of the files. Unset when there is none; stays after one that
+        was paused or has failed.
+        """
+
     def __init__(
         self,
         *,
@@ -329,13 +336,14 @@ class Model(_message.Message):
         pinned: _builtins.bool = ...,
         priority: _builtins.int = ...,
         origin: Global___ModelOrigin.ValueType = ...,
+        download: Global___Download | None = ...,
         description: _builtins.str = ...,
         group: _builtins.str = ...,
         load_on_startup: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "memory", b"memory", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "memory", b"memory", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "artifact_state", b"artifact_state", "description", b"description", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_on_startup", b"load_on_startup", "load_time", b"load_time", "memory", b"memory", "origin", b"origin", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "tags", b"tags", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "artifact_state", b"artifact_state", "description", b"description", "download", b"download", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_on_startup", b"load_on_startup", "load_time", b"load_time", "memory", b"memory", "origin", b"origin", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "tags", b"tags", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,6 +398,48 @@ class MemoryCharge(_message.Message):
 Global___MemoryCharge: _TypeAlias = MemoryCharge  # noqa: Y015
 
 @_typing.final
+class Download(_message.Message):
+    """A download of a model's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    completed_bytes: _builtins.int
+    """Bytes on disk, counting those of earlier attempts. Not verified yet."""
+    total_bytes: _builtins.int
+    """Bytes of all files. Zero until the repository has been listed."""
+    bytes_per_second: _builtins.int
+    """Bytes per second that arrive now. Zero when none do."""
+    paused: _builtins.bool
+    """Whether somebody paused it. Calling `Download` or `Load` again resumes."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why it failed. Unset while it runs, waits or is paused. Calling `Download`
+        or `Load` again resumes.
+        """
+
+    def __init__(
+        self,
+        *,
+        completed_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+        paused: _builtins.bool = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "completed_bytes", b"completed_bytes", "failure", b"failure", "paused", b"paused", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Download: _TypeAlias = Download  # noqa: Y015
+
+@_typing.final
 class ModelSource(_message.Message):
     """Where to get the model files."""
 
@@ -437,8 +487,9 @@ class HuggingFaceSource(_message.Message):
     commit once per load and reports the commit here.
     """
     file_pattern: _builtins.str
-    """File name or glob that selects one GGUF file or one set of shards, for
-    example `*q4_k_m.gguf`. Required.
+    """File name, glob or quantization tag that selects one GGUF file or one set
+    of shards, for example `*q4_k_m.gguf` or `Q4_K_M`. Unset takes `Q4_K_M`,
+    else `Q8_0`, else the first model of the repository.
     """
     def __init__(
         self,

@@ -1,0 +1,144 @@
+"""The downloads that are to go on after a restart of the server, in a small JSON file beside the loads.
+
+    {"version": 1, "downloads": [{"repo_id": "...", "revision": "main", "pattern": "Q4_K_M", "paused": true,
+    "completed_bytes": 1, "resolved": {"commit": "...", "file": "...", ...}}]}
+
+The file is replaced as a whole, so that a crash leaves the old one or the new one and nothing in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from paddock_server.catalog import HubNameError, HubRef, hub_ref
+from paddock_server.catalog.hub_names import is_commit, is_digest
+from paddock_server.downloads.messages import Resolved
+from paddock_server.state_files import write_atomically
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+VERSION: Final = 1
+MAX_FILE_BYTES: Final = 4 * 1024 * 1024
+"""Far more than any number of downloads needs; a larger file is not one of ours."""
+
+
+class StoreError(Exception):
+    """The file cannot be understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What is remembered of a download. `resolved` is None as long as the hub has not been heard."""
+
+    paused: bool
+    completed_bytes: int = 0
+    resolved: Resolved | None = None
+
+
+class DownloadStore:
+    """Keeps the unfinished downloads. Written in a thread, by one task, latest state only."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` is the file; None keeps nothing."""
+        self._path = path
+        self._unwritten: Mapping[HubRef, Unfinished] | None = None
+        self._wake = asyncio.Event()
+        self._closing = False
+
+    async def read(self) -> dict[HubRef, Unfinished]:
+        """Return the unfinished downloads. A file that is no good is set aside with a warning."""
+        if self._path is None:
+            return {}
+        try:
+            return await asyncio.to_thread(read_store, self._path)
+        except OSError as error:
+            log.warning("downloads_file_unreadable", path=str(self._path), error=str(error))
+        except StoreError as error:
+            aside = self._path.with_name(self._path.name + ".corrupt")
+            await asyncio.to_thread(self._path.replace, aside)
+            log.warning("downloads_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
+        return {}
+
+    def put(self, downloads: Mapping[HubRef, Unfinished]) -> None:
+        """Have these written."""
+        self._unwritten = dict(downloads)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Write the file whenever something has changed, until `close`."""
+        closing = False
+        while not closing:
+            await self._wake.wait()
+            self._wake.clear()
+            # Both before the write: what is put while it goes on needs another.
+            closing = self._closing
+            unwritten, self._unwritten = self._unwritten, None
+            if self._path is None or unwritten is None:
+                continue
+            try:
+                await asyncio.to_thread(write_atomically, self._path, _document(unwritten))
+            except OSError as error:
+                log.warning("downloads_file_not_written", path=str(self._path), error=str(error))
+
+    def close(self) -> None:
+        """Have `run` write what is unwritten, and end."""
+        self._closing = True
+        self._wake.set()
+
+
+def _document(downloads: Mapping[HubRef, Unfinished]) -> bytes:
+    entries = [
+        {"repo_id": ref.repo_id, "revision": ref.revision, "pattern": ref.pattern, **asdict(unfinished)}
+        for ref, unfinished in downloads.items()
+    ]
+    return json.dumps({"version": VERSION, "downloads": entries}, indent=1).encode()
+
+
+def read_store(path: Path) -> dict[HubRef, Unfinished]:
+    """Read the file; an absent one is empty.
+
+    Raises:
+        StoreError: it is not a file of this version.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return {}
+    if len(raw) > MAX_FILE_BYTES:
+        message = f"it is larger than {MAX_FILE_BYTES} bytes"
+        raise StoreError(message)
+    try:
+        document: Any = json.loads(raw)
+        if document["version"] != VERSION:
+            message = f"its version is {document['version']!r}; {VERSION} is known"
+            raise StoreError(message)
+        return {
+            hub_ref(entry["repo_id"], entry["revision"], entry["pattern"]): _unfinished(entry)
+            for entry in document["downloads"]
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, HubNameError) as error:
+        message = f"{type(error).__name__}: {error}"
+        raise StoreError(message) from error
+
+
+def _unfinished(entry: dict[str, Any]) -> Unfinished:
+    resolved: Resolved | None = None
+    if entry["resolved"] is not None:
+        resolved = Resolved(**entry["resolved"])
+        # They become paths.
+        if not is_commit(resolved.commit) or not all(is_digest(digest) for digest in resolved.digests):
+            message = "a commit or a digest is none"
+            raise ValueError(message)
+    return Unfinished(entry["paused"] is True, int(entry["completed_bytes"]), resolved)
