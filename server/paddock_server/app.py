@@ -161,6 +161,7 @@ def _manager_config(config: ServerConfig) -> ManagerConfig:
     return ManagerConfig(
         models_max=config.models_max,
         autoload=config.models_autoload,
+        autoload_downloads=config.autoload_downloads,
         context_size_tokens=config.ctx_size,
         slot_count=config.parallel,
         gpu_layer_count=config.n_gpu_layers,

@@ -176,7 +176,45 @@ async def test_a_source_means_the_same_as_its_name(api: GrpcApi) -> None:
     assert loaded.model.id == ID
 
 
-async def test_a_request_loads_a_hub_name_unless_it_may_not(api: GrpcApi, hub: FakeHub) -> None:
+@pytest.fixture
+async def downloading_api(world: Path, tmp_path: Path) -> AsyncGenerator[GrpcApi]:
+    """A server whose requests may download."""
+    async with server(tmp_path, autoload_downloads=True) as api:
+        yield api
+
+
+@pytest.mark.parametrize("policy", [pb.AUTOLOAD_POLICY_UNSPECIFIED, pb.AUTOLOAD_POLICY_LOAD])
+async def test_a_request_begins_no_download_unless_the_operator_lets_it(
+    api: GrpcApi, hub: FakeHub, policy: pb.AutoloadPolicy.ValueType
+) -> None:
+    generate = pb.GenerateRequest(model=NAME, prompt="hi", autoload_policy=policy)
+    embed = pb.EmbedRequest(model=NAME, texts=["hi"], autoload_policy=policy)
+    errors = [await refused(anext(api.generate(generate))), await refused(api.embed(embed))]
+
+    assert [error.reason for error in errors] == [Reason.MODEL_NOT_LOADED] * 2
+    assert f"paddock pull {NAME}" in errors[0].message
+    assert (hub.requests, await listed(api)) == ([], {})
+
+
+async def test_a_request_waits_for_a_download_that_somebody_has_begun(
+    api: GrpcApi, hub: FakeHub, content: bytes
+) -> None:
+    gate = Gate(hub, len(content) // 2)
+    running = asyncio.create_task(download(api))
+    await gate.wait_reached()
+    request = pb.GenerateRequest(model=NAME, prompt="hi", stop=gen.StopParams(max_tokens=2))
+    stream = api.generate(request)
+    waiting = asyncio.ensure_future(anext(stream))
+    await listed(api)  # by now the request is there, or comes when the model is: it is answered either way
+    gate.opened.set()
+
+    assert (await waiting).started.model == ID
+    await running
+    await stream.aclose()
+
+
+async def test_a_request_loads_a_hub_name_unless_it_may_not(downloading_api: GrpcApi, hub: FakeHub) -> None:
+    api = downloading_api
     request = pb.GenerateRequest(model=NAME, prompt="hi", stop=gen.StopParams(max_tokens=2))
     request.autoload_policy = pb.AUTOLOAD_POLICY_FAIL
     error = await refused(anext(api.generate(request)))
@@ -237,8 +275,10 @@ async def test_a_paused_download_stays_listed_and_goes_on_from_its_bytes(
 
 
 async def test_a_request_waits_for_a_download_that_runs_and_resumes_none_that_was_paused(
-    api: GrpcApi, hub: FakeHub, content: bytes
+    downloading_api: GrpcApi, hub: FakeHub, content: bytes
 ) -> None:
+    api = downloading_api
+
     async def generate(model: str) -> list[pb.GenerateResponse]:
         request = pb.GenerateRequest(model=model, prompt="hi", stop=gen.StopParams(max_tokens=2))
         async with aclosing(api.generate(request)) as responses:
@@ -284,7 +324,10 @@ async def test_calls_at_the_moment_of_a_stop_all_end(api: GrpcApi, hub: FakeHub,
     }
 
 
-async def test_a_request_does_not_repeat_a_download_that_cannot_work(api: GrpcApi, hub: FakeHub) -> None:
+async def test_a_request_does_not_repeat_a_download_that_cannot_work(
+    downloading_api: GrpcApi, hub: FakeHub
+) -> None:
+    api = downloading_api
     hub.repos[REPO].wrong_hashes = {FILE}
     request = pb.GenerateRequest(model=NAME, prompt="hi")
     first = await refused(anext(api.generate(request)))

@@ -18,6 +18,10 @@ class ManagerConfig:
     autoload: bool = True
     """Whether a request that leaves it open loads a model that is not loaded."""
 
+    autoload_downloads: bool = False
+    """Whether a request that may load a model may download it first. Whoever can send requests could otherwise
+    fill the disk with whatever the hub has."""
+
     context_size_tokens: int = 8192
     """Cells of a model's KV cache, over all its sequences; 0 takes the trained context."""
 

@@ -185,6 +185,16 @@ def model_not_loaded(model: str) -> Failure:
     )
 
 
+def not_downloaded(model: str) -> Failure:
+    """Return the refusal of a request that may not download the model it asks for."""
+    return Failure(
+        Reason.MODEL_NOT_LOADED,
+        f"Model {model!r} is not on this machine, and requests do not download models on this server. "
+        f"Call Load or Download, or run `paddock pull {model}`.",
+        {"model": model, "downloaded": "false"},
+    )
+
+
 def model_in_use(model: str, requests: int) -> Failure:
     """Return the refusal of a call that would take the model from requests that use it."""
     return Failure(

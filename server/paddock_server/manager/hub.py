@@ -53,6 +53,8 @@ class HubTools:
     """Reads the catalog again at once. Raises `CatalogError`."""
 
     launcher: FetcherLauncher
+    autoload_downloads: bool
+    """Whether requests may begin downloads."""
 
 
 class HubModels:
@@ -162,11 +164,16 @@ class HubModels:
         """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
         Raises:
-            PaddockError: the download failed, or had been paused: a request resumes nothing that an operator
-                has stopped, and does not repeat what cannot work.
+            PaddockError: MODEL_NOT_LOADED requests may not begin downloads here, and none runs; the download
+                failed, or had been paused: a request resumes nothing that an operator has stopped, and does
+                not repeat what cannot work.
         """
+        downloads = self._required()
+        job = downloads.find(ref, ref.name)
+        if not self._tools.autoload_downloads and (job is None or not job.is_active):
+            raise failures.not_downloaded(HUB_PREFIX + ref.name).error()
         follower = Subscription()
-        self._required().join(ref, follower, for_request=True)
+        downloads.join(ref, follower, for_request=True)
         try:
             while await follower.next() is not None:
                 pass

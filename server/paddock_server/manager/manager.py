@@ -147,6 +147,7 @@ class ModelManager:
             changes=self._changes,
             rescan=self.rescan,
             launcher=launcher,
+            autoload_downloads=self._config.autoload_downloads,
         )
 
     # Life

@@ -405,7 +405,9 @@ type AutoloadPolicy int32
 const (
 	// The server's configured default.
 	AutoloadPolicy_AUTOLOAD_POLICY_UNSPECIFIED AutoloadPolicy = 0
-	// Load it and wait.
+	// Load it and wait. A model that is not on the server's machine is downloaded
+	// only where the operator lets requests do that (`--autoload-downloads`);
+	// elsewhere the call fails with `FAILED_PRECONDITION`.
 	AutoloadPolicy_AUTOLOAD_POLICY_LOAD AutoloadPolicy = 1
 	// Fail with `FAILED_PRECONDITION`.
 	AutoloadPolicy_AUTOLOAD_POLICY_FAIL AutoloadPolicy = 2

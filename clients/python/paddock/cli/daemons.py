@@ -64,6 +64,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "models_autoload": Annotated[
         bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")
     ],
+    "autoload_downloads": Annotated[
+        bool | None, typer.Option(help="Whether such a request also downloads a model that is not there.")
+    ],
     "ctx_size": Annotated[
         int | None,
         typer.Option("--ctx-size", "-c", help="Tokens the KV cache of a model holds; 0: as trained."),

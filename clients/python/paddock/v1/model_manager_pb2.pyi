@@ -236,7 +236,10 @@ class _AutoloadPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Autolo
     AUTOLOAD_POLICY_UNSPECIFIED: _AutoloadPolicy.ValueType  # 0
     """The server's configured default."""
     AUTOLOAD_POLICY_LOAD: _AutoloadPolicy.ValueType  # 1
-    """Load it and wait."""
+    """Load it and wait. A model that is not on the server's machine is downloaded
+    only where the operator lets requests do that (`--autoload-downloads`);
+    elsewhere the call fails with `FAILED_PRECONDITION`.
+    """
     AUTOLOAD_POLICY_FAIL: _AutoloadPolicy.ValueType  # 2
     """Fail with `FAILED_PRECONDITION`."""
 
@@ -246,7 +249,10 @@ class AutoloadPolicy(_AutoloadPolicy, metaclass=_AutoloadPolicyEnumTypeWrapper):
 AUTOLOAD_POLICY_UNSPECIFIED: AutoloadPolicy.ValueType  # 0
 """The server's configured default."""
 AUTOLOAD_POLICY_LOAD: AutoloadPolicy.ValueType  # 1
-"""Load it and wait."""
+"""Load it and wait. A model that is not on the server's machine is downloaded
+only where the operator lets requests do that (`--autoload-downloads`);
+elsewhere the call fails with `FAILED_PRECONDITION`.
+"""
 AUTOLOAD_POLICY_FAIL: AutoloadPolicy.ValueType  # 2
 """Fail with `FAILED_PRECONDITION`."""
 Global___AutoloadPolicy: _TypeAlias = AutoloadPolicy  # noqa: Y015
