@@ -25,7 +25,10 @@ def problems(flags: Mapping[str, object], file: Path | None) -> list[str]:
         return [*str(error).split("\n"), *(str(problem) for problem in files)]
     try:
         catalog = Catalog(
-            config.model_directories, preset=config.models_preset, config_file=config.config_file
+            config.model_directories,
+            preset=config.models_preset,
+            config_file=config.config_file,
+            hub_cache=config.hub_cache,
         )
         catalog.scan(reread=True)
     except InvalidConfigError as error:

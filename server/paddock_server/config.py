@@ -86,7 +86,7 @@ class ServerConfig(BaseSettings):
     """Whether a request for a model that is not loaded loads it."""
 
     autoload_downloads: bool = False
-    """Whether such a request also downloads a model that is not on this machine. Load and Download always may."""
+    """Whether such a request also downloads a model that is not there. Load and Download always may."""
 
     ctx_size: int = Field(8192, ge=0, le=16_777_216)
     """Tokens the KV cache of a model holds, shared by its sequences; 0 takes the trained context."""

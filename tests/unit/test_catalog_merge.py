@@ -220,7 +220,7 @@ def test_a_projector_may_be_named_for_a_model_of_a_directory(files: Files) -> No
 
 def test_only_a_table_of_a_model_may_name_files(files: Files) -> None:
     with pytest.raises(InvalidConfigError, match=r"defaults\.hf: belongs to one model"):
-        files.catalog(toml='[defaults]\nhf = "x"\n')
+        files.catalog(toml='[defaults]\nhf = "x/y"\n')
 
 
 def test_what_is_as_it_was_is_the_same_entry_at_the_next_scan(files: Files) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paddock_server.catalog import Catalog
+from paddock_server.catalog import Catalog, HubRef, InvalidConfigError
 from paddock_server.config import ServerConfig, default_hub_cache
 from paddock_server.downloads.messages import Resolved
 from paddock_server.downloads.removal import remove_model, remove_partial
@@ -193,3 +193,63 @@ def test_a_state_file_that_names_paths_is_refused(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(StoreError):
         read_store(path)
+
+
+class Configured:
+    """A cache of the hub with a configuration file beside it."""
+
+    def __init__(self, folder: Path, toml: str, preset: str = "") -> None:
+        self.cache = Cache(folder / "hub")
+        self.toml, self.preset = folder / "paddock.toml", folder / "models.ini"
+        self.toml.write_text(toml)
+        self.preset.write_text(preset)
+
+    def catalog(self, *, with_hub: bool = True) -> Catalog:
+        hub_cache = self.cache.folder if with_hub else None
+        return Catalog([], preset=self.preset, config_file=self.toml, hub_cache=hub_cache)
+
+
+@pytest.mark.parametrize("options", ["", "ctx_size = 512\n"])
+def test_a_configured_model_keeps_its_id_when_it_arrives_in_the_cache(
+    tmp_path: Path, gguf: bytes, options: str
+) -> None:
+    toml = f'[models.helper]\nhf = "hf:org/repo:q4_k_m"\naliases = ["h"]\n{options}'
+    configured = Configured(tmp_path, toml)
+    catalog = configured.catalog()
+    before = catalog.scan()
+    problems = catalog.problems
+    link = configured.cache.add("org/repo", A, "m-Q4_K_M.gguf", gguf, "main")
+    after = catalog.scan(reread=True)
+
+    assert list(before) == ["helper"]
+    assert before["helper"].absent == HubRef("org/repo", "main", "Q4_K_M")
+    assert (before["helper"].problem, problems) == (None, ())
+    assert (after["helper"].absent, after["helper"].path) == (None, link)
+    assert before["helper"].setup.options == after["helper"].setup.options
+    assert ("org/repo:Q4_K_M" in after) == bool(options)  # with its own options it is a model of its own
+    names = {name for entry in after.values() for name in entry.setup.names}
+    assert names == {"helper", "h", "org/repo:Q4_K_M"}
+
+
+def test_names_of_one_absent_model_are_one_model(tmp_path: Path) -> None:
+    toml = '[models.a]\nhf = "org/repo:Q8_0"\n[models.b]\nhf = "org/repo:q8_0"\nmax_tokens = 3\n'
+    preset = "[c]\nhf-repo = org/repo:Q8_0\nc = 77\n"
+    served = Configured(tmp_path, toml, preset).catalog().scan()
+
+    assert {id_: entry.setup.aliases for id_, entry in served.items()} == {"a": ("b",), "c": ()}
+    assert {entry.absent for entry in served.values()} == {HubRef("org/repo", "main", "Q8_0")}
+
+
+def test_without_the_hub_s_cache_a_model_of_it_says_why_it_cannot_be_loaded(tmp_path: Path) -> None:
+    catalog = Configured(tmp_path, '[models.a]\nhf = "org/repo"\n').catalog(with_hub=False)
+    problem = catalog.scan()["a"].problem
+
+    assert problem is not None
+    assert "--no-hf-cache" in problem.message
+    assert [found.place.line for found in catalog.problems] == [1]
+
+
+@pytest.mark.parametrize("name", ["repo", "org/repo@", "org/repo:../x.gguf"])
+def test_a_name_that_the_hub_cannot_have_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidConfigError, match=r"paddock\.toml:2: models\.a\.hf: must be ORG/REPO"):
+        Configured(tmp_path, f'[models.a]\nhf = "{name}"\n').catalog()

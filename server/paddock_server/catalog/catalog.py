@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paddock.errors import Reason
@@ -15,7 +16,7 @@ from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.directory import ModelDirectories
 from paddock_server.catalog.entries import CatalogEntry
 from paddock_server.catalog.entries import problem as file_problem
-from paddock_server.catalog.hub_names import HubNameError, NoSuchFileError, choose_model, parse_hub_name
+from paddock_server.catalog.hub_names import HubRef, NoSuchFileError, choose_model, parse_hub_name
 from paddock_server.catalog.merge import Merged, merge
 from paddock_server.catalog.roots import CatalogError, exists
 from paddock_server.catalog.setup import Origin
@@ -41,6 +42,7 @@ class Catalog:
             InvalidConfigError: a file does not validate.
         """
         self._directories = ModelDirectories(directories, hub_cache=hub_cache)
+        self._has_hub = hub_cache is not None
         self._readers: tuple[tuple[Path, Callable[[str, str, Path], ConfiguredModels]], ...] = tuple(
             (path, read)
             for path, read in ((preset, read_preset), (config_file, read_toml))
@@ -108,10 +110,11 @@ class Catalog:
             named = self._place_of(folder, str(path.value))
             entry = known.by_path.get(named) or self._directories.entry_of(named)
         elif hub is not None:
-            entry = known.of_hub(str(hub.value)) or _not_downloaded(str(hub.value))
+            ref = parse_hub_name(str(hub.value))
+            entry = known.of_hub(ref) or (_absent(ref) if self._has_hub else _without_hub(ref))
         elif projector is not None:
             entry = known.on_disk.get(model.name)
-        if entry is not None and projector is not None:
+        if entry is not None and entry.absent is None and projector is not None:
             named = self._place_of(folder, str(projector.value))
             entry = self._directories.with_projector(entry, named)
         return entry
@@ -134,12 +137,8 @@ class _Known:
         self.by_path = {entry.path: entry for entry in on_disk.values() if entry.problem is None}
         self._cached = cached
 
-    def of_hub(self, name: str) -> CatalogEntry | None:
-        """The model in the hub's cache that a name means, as llama-server's `hf-repo` writes it."""
-        try:
-            ref = parse_hub_name(name)
-        except HubNameError:
-            return None
+    def of_hub(self, ref: HubRef) -> CatalogEntry | None:
+        """The model in the hub's cache that a reference means."""
         files = {
             entry.hub.file: entry
             for entry in self._cached.values()
@@ -176,17 +175,24 @@ def _read(path: Path, reader: Callable[[str, str, Path], ConfiguredModels]) -> C
     return reader(text, name, path.absolute().parent)
 
 
-def _not_downloaded(repository: str) -> CatalogEntry:
-    """The entry of a model of the hub that is not on this machine."""
-    what = "is a repository of the hub that has not been downloaded"
+def _absent(ref: HubRef) -> CatalogEntry:
+    """The entry of a model of the hub that is to be downloaded before it is loaded."""
     return CatalogEntry(
-        id=repository,
-        path=Path(repository),
-        relative_path=repository,
+        id=ref.name,
+        path=Path(ref.name),
+        relative_path=ref.name,
         shard_paths=(),
         mmproj_path=None,
         size_bytes=0,
         modified_ns=0,
         facts=None,
-        problem=file_problem(Reason.UNSUPPORTED_MODEL, repository, what, _CONFIGURATION),
+        problem=None,
+        absent=ref,
     )
+
+
+def _without_hub(ref: HubRef) -> CatalogEntry:
+    """The entry of a model of the hub on a server that does without the hub's cache."""
+    what = "is a model of the hub, and this server does without the hub's cache (--no-hf-cache)"
+    problem = file_problem(Reason.UNSUPPORTED_MODEL, ref.name, what, _CONFIGURATION)
+    return replace(_absent(ref), absent=None, problem=problem)

@@ -10,6 +10,7 @@ from paddock.errors import Reason
 from paddock_server.catalog.cursor import displayed
 from paddock_server.catalog.facts import ModelFacts
 from paddock_server.catalog.hub_cache import HubOrigin
+from paddock_server.catalog.hub_names import HubRef
 from paddock_server.catalog.setup import DEFAULT_SETUP, ModelSetup
 
 
@@ -42,7 +43,8 @@ class CatalogEntry:
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
     `relative_path` is `path` as a LocalSource names it, the whole path where it lies outside the model
     directories, or the path in the repository of a model of the hub, which alone has a `hub`. Exactly one of
-    `facts` and `problem` is set.
+    `facts`, `problem` and `absent` is set: `absent` is the model of the hub that a configuration file names and
+    that is not in the cache yet; such an entry has no files.
     `projector` are the facts of `mmproj_path`, where it could be read. `setup` is what its sources say of it.
     """
 
@@ -58,6 +60,7 @@ class CatalogEntry:
     projector: ModelFacts | None = None
     setup: ModelSetup = DEFAULT_SETUP
     hub: HubOrigin | None = None
+    absent: HubRef | None = None
 
 
 def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:

@@ -135,9 +135,11 @@ def _name_conflicts(candidates: Mapping[str, _Candidate]) -> list[Problem]:
 def _served(group: Sequence[_Candidate]) -> CatalogEntry:
     """The one model that serves all names of a group, whose files and load options are equal.
 
-    Its id is the first of the names: that of the file on disk, else the one that stands first. What is kept
-    for the model as a whole is the most that any of its names asks for.
+    Its id is that of the file in a model directory, else the first that a configuration file gives it, else
+    that of the hub: the last so that a model keeps its id when what its section names has been downloaded.
+    What is kept for the model as a whole is the most that any of its names asks for.
     """
+    group = sorted(group, key=lambda candidate: candidate.origin is Origin.HUB_CACHE)
     first = group[0]
     if len(group) == 1 and not first.settings and first.origin is Origin.MODELS_DIR:
         return first.entry

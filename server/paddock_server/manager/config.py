@@ -19,7 +19,7 @@ class ManagerConfig:
     """Whether a request that leaves it open loads a model that is not loaded."""
 
     autoload_downloads: bool = False
-    """Whether a request that may load a model may download it first. Whoever can send requests could otherwise
+    """Whether a request that may load a model may download it first. Whoever can send requests could then
     fill the disk with whatever the hub has."""
 
     context_size_tokens: int = 8192

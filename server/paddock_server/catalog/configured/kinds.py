@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from paddock_server.catalog.hub_names import HubNameError, parse_hub_name
+
 MAX_TEXT_CHARACTERS = 64 * 1024
 MAX_NAME_CHARACTERS = 512
 MAX_NAMES = 64
@@ -136,6 +138,24 @@ class Text:
         if self.in_line and not value.isprintable():
             message = f"must have no control characters, unlike {shown(value)}"
             raise ValueError(message)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """The name of a model of the hub, with `hf:` before it or without."""
+
+    def parsed(self, text: str) -> object:
+        """See `Kind`."""
+        return text
+
+    def checked(self, value: object) -> object:
+        """See `Kind`."""
+        try:
+            parse_hub_name(checked_name(value))
+        except HubNameError as error:
+            message = f"must be ORG/REPO[@REVISION][:QUANT-OR-GLOB]; its {error.field} {error.message}"
+            raise ValueError(message) from error
         return value
 
 
