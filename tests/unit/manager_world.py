@@ -109,7 +109,7 @@ class World:
         self.pending: set[int] = set()
         self.answers: dict[int, str] = {}
         self.granted: list[int] = []
-        self.remembered: dict[str, Options | None] = {}
+        self.remembered: dict[str, Wish | None] = {}
         self._callers = 0
         self._serial = 0
         self._actors = 0
@@ -420,7 +420,7 @@ class World:
             case m.Closed():
                 model.closed = True
             case m.Remember():
-                self.remembered[name] = effect.options
+                self.remembered[name] = effect.wish
             case m.WarnLoad():
                 pass
             case _:

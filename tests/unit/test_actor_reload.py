@@ -86,7 +86,7 @@ def test_options_of_a_caller_stay_and_the_others_follow(world: World) -> None:
     reload(world, replace(LONGER, slot_count=2))
 
     assert (options(world).slot_count, options(world).context_size_tokens) == (8, 4096)
-    assert world.remembered["a"] == options(world)
+    assert world.remembered["a"] == Wish({"slot_count": 8})
 
 
 def test_a_load_under_way_ends_and_begins_anew() -> None:

@@ -698,7 +698,7 @@ def test_an_operators_load_is_remembered_until_an_unload(world: World) -> None:
     world.load("a", EIGHT)
     world.settle()
     assert world.remembered.keys() == {"a"}
-    assert world.remembered["a"] == EIGHT.filled(DEFAULTS)
+    assert world.remembered["a"] == EIGHT
     world.unload("a")
     world.calm()
     assert world.remembered == {"a": None}

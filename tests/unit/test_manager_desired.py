@@ -49,6 +49,21 @@ async def test_loads_come_back_with_their_options_and_others_do_not(state_file: 
         assert (in_effect.slot_count, in_effect.idle_timeout.seconds) == (2, 600)
 
 
+async def test_only_what_somebody_set_is_remembered_and_the_rest_follows_the_configuration(
+    state_file: Path,
+) -> None:
+    async with Server("a", slot_count=4, batch_size_tokens=512, state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+        idle = model_pb2.RuntimeOptions()
+        idle.idle_timeout.FromSeconds(60)
+        await loads(server.manager, "a", runtime_options=idle)
+    assert read_state(state_file).loads == {"a": Wish({"slot_count": 2}, {"idle_timeout_seconds": 60.0})}
+    async with Server("a", slot_count=8, batch_size_tokens=64, state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a"])
+        in_effect = (await server.manager.snapshot("a")).runtime_options
+    assert (in_effect.slot_count, in_effect.batch_size_tokens, in_effect.idle_timeout.seconds) == (2, 64, 60)
+
+
 async def test_a_load_is_on_disk_while_the_server_runs(state_file: Path) -> None:
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a")

@@ -123,7 +123,7 @@ def test_the_types_of_the_cache_go_the_whole_way() -> None:
     frame = load_frame("/m.gguf", options, CONFIG)
     assert (frame.cache_type_k, frame.cache_type_v) == ("q8_0", "bf16")
     assert options.to_proto().cache_type_k == "q8_0"
-    assert stored_wish(options.as_wish().values).values["cache_type_v"] == "bf16"
+    assert stored_wish(wish.values).values["cache_type_v"] == "bf16"
     assert wish.conflicts(OPTIONS, None) == ("cache_type_k", "cache_type_v")
 
 

@@ -43,8 +43,8 @@ class CatalogEntry:
     together and `modified_ns` the newest time of change among them, in nanoseconds since 1970.
     `relative_path` is `path` as a LocalSource names it, the whole path where it lies outside the model
     directories, or the path in the repository of a model of the hub, which alone has a `hub`. Exactly one of
-    `facts`, `problem` and `absent` is set: `absent` is the model of the hub that a configuration file names and
-    that is not in the cache yet; such an entry has no files.
+    `facts`, `problem` and `absent` is set: `absent` is a model of the hub that a configuration file names and
+    that is not in the cache yet; its entry has no files.
     `projector` are the facts of `mmproj_path`, where it could be read. `setup` is what its sources say of it.
     """
 

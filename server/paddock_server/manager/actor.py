@@ -34,7 +34,7 @@ from paddock_server.manager.loop import (
     Slept,
     Stayed,
 )
-from paddock_server.manager.options import Options, load_frame
+from paddock_server.manager.options import Options, Wish, load_frame
 from paddock_server.manager.progress import LoadView, Subscription
 from paddock_server.manager.residency import Holding, Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
@@ -73,7 +73,7 @@ class Tools:
     held: Callable[[str], Holding | None]
     """What a model holds of the memory, by the books of the manager loop."""
 
-    remember: Callable[[str, Options | None], None]
+    remember: Callable[[str, Wish | None], None]
     """Keeps an operator's load over a restart, or forgets it."""
 
     vanished: Callable[[str], None]
@@ -385,7 +385,7 @@ class Actor:
             case m.LookAgain():
                 tools.loop.tell(Looked())
             case m.Remember():
-                tools.remember(model, effect.options)
+                tools.remember(model, effect.wish)
             case m.Vanish():
                 tools.vanished(model)
             case m.JoinLoad():

@@ -19,7 +19,7 @@ from paddock_server.manager.messages import (
     RefuseLoad,
     Remember,
 )
-from paddock_server.manager.options import Wish
+from paddock_server.manager.options import NO_WISH, Wish
 from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, NextLoad, Phase
 from paddock_server.manager.turn import IDLE_TIMERS
 
@@ -50,20 +50,27 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
         turn.begin(_wanted(turn, event), "load_asked")
     elif state.phase in COMING_UP:
         if _joins(turn, event, state.options):
-            turn.set(explicit=True)
+            turn.set(explicit=True, wish=_kept(state.wish, event))
     elif state.phase is Phase.READY:
         _load_of_ready(turn, event)
     elif state.next_load is None:
         turn.set(next_load=_wanted(turn, event))
         turn.do(JoinLoad(event.caller))
     else:
-        _joins(turn, event, state.next_load.options)
+        if _joins(turn, event, state.next_load.options):
+            wish = _kept(state.next_load.wish, event)
+            turn.set(next_load=replace(state.next_load, wish=wish))
+
+
+def _kept(wish: Wish, event: LoadAsked) -> Wish:
+    """Return what is set once a call has agreed to a load; one that takes any options sets none."""
+    return wish if event.conflict is Conflict.KEEP else wish.and_then(event.wish)
 
 
 def _wanted(turn: Turn, event: LoadAsked) -> NextLoad:
     state = turn.state
-    options = event.wish.filled(state.options if state.asleep else state.defaults)
-    return NextLoad(options, explicit=event.explicit, timeout_seconds=event.timeout_seconds)
+    wish = state.wish.and_then(event.wish) if state.asleep else event.wish
+    return NextLoad(wish.filled(state.defaults), event.explicit, event.timeout_seconds, wish)
 
 
 def _joins(turn: Turn, event: LoadAsked, options: Options) -> bool:
@@ -87,7 +94,7 @@ def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
     else:
         if event.conflict is not Conflict.KEEP:
             _set_idle_times(turn, event.wish)
-        turn.set(explicit=True)
+        turn.set(explicit=True, wish=_kept(state.wish, event))
         remember_load(turn)
         turn.do(AnswerLoaded(event.caller))
 
@@ -105,22 +112,17 @@ def _set_idle_times(turn: Turn, wish: Wish) -> None:
         turn.idle()
 
 
-def follow_defaults(turn: Turn, old: Options, *, other_file: bool) -> None:
-    """Bring a model in line with defaults that a reload has changed; what somebody set otherwise stays.
+def follow_defaults(turn: Turn, *, other_file: bool) -> None:
+    """Bring a model in line with defaults that a reload has changed; what somebody has set stays.
 
     Only other files or load options cost a load: an idle time-out changes in place.
     """
     state = turn.state
-    if state.remembered is not None:
-        remembered = state.remembered.rebased(old, state.defaults)
-        if remembered != state.remembered:
-            turn.set(remembered=remembered)
-            turn.do(Remember(remembered))
     if state.next_load is not None:
-        options = state.next_load.options.rebased(old, state.defaults)
+        options = state.next_load.wish.filled(state.defaults)
         turn.set(next_load=replace(state.next_load, options=options))
-    options = state.options.rebased(old, state.defaults)
-    in_place = Wish({}, options.as_wish().times)
+    options = state.wish.filled(state.defaults)
+    in_place = Wish({}, options.times)
     if state.phase in AT_REST or (options == state.options and not other_file):
         return
     if state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
@@ -139,9 +141,9 @@ def follow_defaults(turn: Turn, old: Options, *, other_file: bool) -> None:
 def remember_load(turn: Turn) -> None:
     """Keep an operator's load over a restart of the server, once it has come to something."""
     state = turn.state
-    if state.explicit and state.remembered != state.options:
-        turn.set(remembered=state.options)
-        turn.do(Remember(state.options))
+    if state.explicit and state.remembered != state.wish:
+        turn.set(remembered=state.wish)
+        turn.do(Remember(state.wish))
 
 
 def acquire_asked(turn: Turn, event: AcquireAsked) -> None:
@@ -179,8 +181,9 @@ def autoload(state: ActorState) -> NextLoad:
     """Return the load that requests begin: as it was before it fell asleep, as the operator had it, or with
     the defaults."""
     if state.asleep:
-        return NextLoad(state.options, explicit=False)
-    return NextLoad(state.remembered or state.defaults, explicit=False)
+        return NextLoad(state.options, explicit=False, wish=state.wish)
+    wish = NO_WISH if state.remembered is None else state.remembered
+    return NextLoad(wish.filled(state.defaults), explicit=False, wish=wish)
 
 
 def grant(turn: Turn, callers: tuple[Caller, ...], *, waited: bool) -> None:
@@ -241,9 +244,8 @@ def unload_asked(turn: Turn, event: UnloadAsked) -> None:
             Refuse(event.caller, failures.load_id_mismatch(state.model, event.only_load_id, state.load_id))
         )
         return
-    if state.remembered is not None:
-        turn.set(remembered=None)
-        turn.do(Remember(None))
+    turn.set(remembered=None)
+    turn.do(Remember(None))
     if state.phase is Phase.UNLOADED:
         turn.do(AnswerUnload((event.caller,), 0))
         return

@@ -1,10 +1,11 @@
 """What the operator has loaded, kept in a small JSON file so that it comes back after a restart of the
 server.
 
-    {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, ..., "idle_timeout_seconds":
-    0.0}}], "pins": {"...": true}}
+    {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, "idle_timeout_seconds": 0.0}}],
+    "pins": {"...": true}}
 
-In the order of loading, latest last. The file is replaced as a whole, so that a crash leaves the old one or
+In the order of loading, latest last. Only options that somebody has set are kept, so that the others follow
+the configuration. The file is replaced as a whole, so that a crash leaves the old one or
 the new one and nothing in between.
 """
 
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from paddock_server.manager.options import Options, Wish, stored_wish
+from paddock_server.manager.options import Wish, stored_wish
 from paddock_server.state_files import write_atomically
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class DesiredLoads:
 
     @property
     def loads(self) -> Mapping[str, Wish]:
-        """What is to come back, with all options; the latest load last."""
+        """What is to come back, with the options that were set; the latest load last."""
         return self._loads
 
     @property
@@ -86,11 +87,11 @@ class DesiredLoads:
             await asyncio.to_thread(os.replace, self._path, aside)
             log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
 
-    def put(self, model: str, options: Options | None) -> None:
+    def put(self, model: str, wish: Wish | None) -> None:
         """Keep a load as the latest, or forget it."""
         known = self._loads.pop(model, None)
-        if options is not None:
-            self._loads[model] = options.as_wish()
+        if wish is not None:
+            self._loads[model] = wish
         elif known is None:
             return
         self._changed()

@@ -528,14 +528,13 @@ class ModelManager:
 
     def _add(self, entry: CatalogEntry) -> None:
         defaults = default_options(self._config, entry.facts, entry.setup)
-        wish = self._desired.loads.get(entry.id)
         state = ActorState(
             model=entry.id,
             defaults=defaults,
             options=defaults,
             terms=terms_of(entry.setup, self._desired.pins.get(entry.id)),
             load_id_prefix=f"{self.instance_id}-{secrets.token_hex(3)}-",
-            remembered=wish.filled(defaults) if wish is not None else None,
+            remembered=self._desired.loads.get(entry.id),
             problem=entry_problem(entry),
             # A model that went and came back must not take messages meant for the one before it.
             ticket=self._actor_count << 32,

@@ -409,9 +409,10 @@ class ClearTimers:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Keep what the operator wants of the model over a restart: its options, or None for nothing."""
+    """Keep what the operator wants of the model over a restart: the options that were set, or None for
+    nothing."""
 
-    options: Options | None
+    wish: Wish | None
 
 
 @dataclass(frozen=True, slots=True)

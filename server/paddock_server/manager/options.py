@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -44,24 +44,10 @@ class Options:
             getattr(proto, field_name).FromNanoseconds(int(getattr(self, name) * 1e9))
         return proto
 
-    def rebased(self, old: Options, new: Options) -> Options:
-        """Return these options after the defaults they were made from have become others.
-
-        What somebody had set otherwise stays as it was set.
-        """
-        values = {
-            field.name: getattr(new, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) == getattr(old, field.name)
-        }
-        return replace(self, **values)
-
-    def as_wish(self) -> Wish:
-        """Return a wish for exactly these options."""
-        return Wish(
-            {name: getattr(self, name) for name in _STARTED_WITH},
-            {name: getattr(self, name) for name in _TIMES},
-        )
+    @property
+    def times(self) -> dict[str, float]:
+        """Those that need no other load: the idle times, in seconds."""
+        return {name: getattr(self, name) for name in _TIMES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +108,10 @@ class Wish:
         """Return all options: what was set, and the defaults."""
         return replace(defaults, **dict[str, Any](self.values), **self.times)
 
+    def and_then(self, later: Wish) -> Wish:
+        """Return what is set when two wishes come one after the other."""
+        return Wish({**self.values, **later.values}, {**self.times, **later.times})
+
     def conflicts(self, asked: Options, effective: Options | None) -> tuple[str, ...]:
         """Return the names of the options that were set and that a load does not have.
 
@@ -133,6 +123,10 @@ class Wish:
             for name, value in self.values.items()
             if value != getattr(asked, name) and (effective is None or value != getattr(effective, name))
         )
+
+
+NO_WISH: Final = Wish({})
+"""Everything is left to the server."""
 
 
 def wish_of(options: model_pb2.RuntimeOptions) -> Wish:

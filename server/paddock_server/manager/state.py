@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from paddock.v1 import model_pb2
 from paddock_server.manager.failure import Failure
 from paddock_server.manager.messages import Caller
-from paddock_server.manager.options import Options, Terms
+from paddock_server.manager.options import NO_WISH, Options, Terms, Wish
 from paddock_server.supervisor import RestartPolicy
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ class NextLoad:
     options: Options
     explicit: bool
     timeout_seconds: float | None = None
+    wish: Wish = NO_WISH
+    """Which of the options somebody has set; the others are the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,11 @@ class ActorState:
     terms: Terms = field(default_factory=Terms)
     """On what terms it stays in memory, once it is there."""
 
-    remembered: Options | None = None
-    """What the operator loaded the model with, and wants it back with."""
+    wish: Wish = NO_WISH
+    """Which of `options` somebody has set; the others are the defaults."""
+
+    remembered: Wish | None = None
+    """What the operator set when loading the model, and wants it back with."""
 
     explicit: bool = False
     """Whether somebody called Load for the load: then it does not need a waiting request to go on."""

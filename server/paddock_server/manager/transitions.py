@@ -157,12 +157,14 @@ def _stay_after_all(turn: Turn) -> None:
         return
     waiters = state.waiters
     called = state.next_load is not None
+    wish = state.wish if state.next_load is None else state.next_load.wish
     turn.to(
         Phase.READY,
         "eviction_relented",
         waiters=(),
         next_load=None,
         explicit=state.explicit or called,
+        wish=wish,
     )
     if called:
         asking.remember_load(turn)
@@ -302,10 +304,9 @@ def _timer_fired(turn: Turn, event: TimerFired) -> None:
 
 
 def _file_found(turn: Turn, event: FileFound) -> None:
-    old = turn.state.defaults
     turn.set(defaults=event.defaults, problem=event.problem, gone=False, held_until=0.0)
     if event.reloading:
-        asking.follow_defaults(turn, old, other_file=event.other_file)
+        asking.follow_defaults(turn, other_file=event.other_file)
 
 
 def _file_gone(turn: Turn, event: FileGone) -> None:

@@ -68,6 +68,7 @@ class Turn:
             ticket=state.ticket + 1,
             load_number=state.load_number + 1,
             options=load.options,
+            wish=load.wish,
             effective=None,
             explicit=load.explicit,
             load_timeout_seconds=load.timeout_seconds,
@@ -136,7 +137,8 @@ class Turn:
         """Load a model that is ready anew, if a reload has changed what it is to be loaded with."""
         options = self.state.outdated
         if options is not None:
-            self.set(next_load=NextLoad(options, explicit=self.state.explicit), outdated=None)
+            next_load = NextLoad(options, explicit=self.state.explicit, wish=self.state.wish)
+            self.set(next_load=next_load, outdated=None)
             self.drain(Cause.RELOAD, self.limits.drain_seconds)
 
     def abort_leases(self, cause: Cause) -> None:
