@@ -83,11 +83,11 @@ def world(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @asynccontextmanager
-async def server(tmp_path: Path, **settings: Any) -> AsyncGenerator[GrpcApi]:
+async def server(tmp_path: Path, config_file: Path | None = None, **settings: Any) -> AsyncGenerator[GrpcApi]:
     empty = tmp_path / "empty"
     empty.mkdir(exist_ok=True)
     values = {"models_dir": (empty,), "grpc_port": 0, "state_dir": tmp_path / "state", "drain_seconds": 5}
-    config = ServerConfig.load(values | settings)
+    config = ServerConfig.load(values | settings, config_file)
     async with serving(config, launcher=fake_launcher()) as running, connect(running.grpc_address) as channel:
         yield GrpcApi(channel)
 
@@ -192,7 +192,7 @@ async def test_a_request_begins_no_download_unless_the_operator_lets_it(
     errors = [await refused(anext(api.generate(generate))), await refused(api.embed(embed))]
 
     assert [error.reason for error in errors] == [Reason.MODEL_NOT_LOADED] * 2
-    assert f"paddock pull {NAME}" in errors[0].message
+    assert f"paddock pull {ID}" in errors[0].message
     assert (hub.requests, await listed(api)) == ([], {})
 
 

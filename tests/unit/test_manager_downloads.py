@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,8 +14,11 @@ from paddock_server.catalog import HubRef
 from paddock_server.downloads.messages import Advanced, Done, Failed, Message, Resolved
 from paddock_server.downloads.process import FetcherCrashedError, FetcherLauncher
 from paddock_server.manager import downloads as module
-from paddock_server.manager.downloads import Downloads, Job, JobState
+from paddock_server.manager.downloads import Asking, Downloads, Job, JobState
 from paddock_server.manager.progress import Subscription
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RESOLVED = Resolved("a" * 40, "m-Q8_0.gguf", "Q8_0", 100, ["b" * 40])
 
@@ -53,15 +56,15 @@ class World:
             launcher=fetchers,
             finished=self._finished,
             changed=lambda job: None,
-            gone=self.gone.append,
+            gone=lambda job, model: self.gone.append(model),
         )
 
     async def _finished(self, job: Job) -> None:
         self.finished.append(job.id)
 
-    def join(self, name: str, *, for_request: bool = False) -> Subscription:
+    def join(self, name: str, asking: Asking = Asking.DOWNLOAD) -> Subscription:
         subscription = Subscription()
-        self.downloads.join(HubRef(name), subscription, for_request=for_request)
+        self.downloads.join(HubRef(name), subscription, asking)
         return subscription
 
 

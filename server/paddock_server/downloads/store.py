@@ -1,7 +1,7 @@
 """The downloads that are to go on after a restart of the server, in a small JSON file beside the loads.
 
     {"version": 1, "downloads": [{"repo_id": "...", "revision": "main", "pattern": "Q4_K_M", "paused": true,
-    "completed_bytes": 1, "resolved": {"commit": "...", "file": "...", ...}}]}
+    "asked_for": true, "completed_bytes": 1, "resolved": {"commit": "...", "file": "...", ...}}]}
 
 The file is replaced as a whole, so that a crash leaves the old one or the new one and nothing in between.
 """
@@ -12,7 +12,6 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -23,6 +22,8 @@ from paddock_server.downloads.messages import Resolved
 from paddock_server.state_files import write_atomically
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from structlog.typing import FilteringBoundLogger
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -43,6 +44,8 @@ class Unfinished:
     paused: bool
     completed_bytes: int = 0
     resolved: Resolved | None = None
+    asked_for: bool = True
+    """Whether somebody called Download for it; what an earlier release has kept counts as such."""
 
 
 class DownloadStore:
@@ -141,4 +144,5 @@ def _unfinished(entry: dict[str, Any]) -> Unfinished:
         if not is_commit(resolved.commit) or not all(is_digest(digest) for digest in resolved.digests):
             message = "a commit or a digest is none"
             raise ValueError(message)
-    return Unfinished(entry["paused"] is True, int(entry["completed_bytes"]), resolved)
+    asked_for = entry.get("asked_for", True) is True
+    return Unfinished(entry["paused"] is True, int(entry["completed_bytes"]), resolved, asked_for)

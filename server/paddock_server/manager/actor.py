@@ -17,6 +17,7 @@ import structlog
 
 from paddock.errors import Reason
 from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogEntry
 from paddock_server.manager import failure as failures
 from paddock_server.manager import messages as m
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from paddock.v1 import model_pb2
     from paddock_server.manager.run import LiveWorker
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -75,6 +75,9 @@ class Tools:
 
     remember: Callable[[str, Wish | None], None]
     """Keeps an operator's load over a restart, or forgets it."""
+
+    completed: Callable[[model_pb2.Model, CatalogEntry], model_pb2.Model]
+    """Adds to a model as it is shown what is known of a download of it."""
 
     vanished: Callable[[str], None]
     """Called when a model is gone for good."""
@@ -162,7 +165,8 @@ class Actor:
     def snapshot(self) -> model_pb2.Model:
         """Return the model as the world sees it now."""
         held = self._tools.held(self.state.model)
-        return model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
+        model = model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
+        return self._tools.completed(model, self.entry)
 
     def _clocks(self) -> Clocks:
         return Clocks(time.time(), self._loop.time())

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -29,6 +28,8 @@ from paddock_server.manager import failure as failures
 from paddock_server.manager.progress import LoadView, Subscription
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from structlog.typing import FilteringBoundLogger
 
     from paddock_server.catalog import HubRef
@@ -58,6 +59,19 @@ STOP_SECONDS: Final = 30.0
 """How long a download may take to stop; its fetcher is killed at once."""
 
 
+class Asking(Enum):
+    """Who wants a download."""
+
+    DOWNLOAD = auto()
+    """Somebody called Download for it."""
+
+    LOAD = auto()
+    """A load that needs it."""
+
+    REQUEST = auto()
+    """A request that needs it. It resumes nothing that was paused, nor repeats at once what has failed."""
+
+
 class JobState(Enum):
     """Where a download is."""
 
@@ -73,6 +87,9 @@ class Job:
     def __init__(self, ref: HubRef, state: JobState) -> None:
         self.ref = ref
         self.state = state
+        self.asked_for = False
+        """Whether somebody called Download for it: then it goes on when a load of it is called off."""
+
         self.resolved: Resolved | None = None
         self.completed_bytes = 0
         self.view: LoadView = LoadView(asyncio.get_running_loop().time)
@@ -157,7 +174,7 @@ class Downloads:
         launcher: FetcherLauncher,
         finished: Callable[[Job], Awaitable[None]],
         changed: Callable[[Job], None],
-        gone: Callable[[str], None],
+        gone: Callable[[Job, str], None],
     ) -> None:
         """Make it; `start` begins.
 
@@ -167,7 +184,7 @@ class Downloads:
             launcher: What starts fetchers.
             finished: Makes the model known; awaited before callers are told. Raises `PaddockError`.
             changed: Called when a download shows itself otherwise.
-            gone: Called with the id under which one is no longer listed.
+            gone: Called with a download and the id under which it is no longer listed.
         """
         self._cache_dir = cache_dir
         self._store = DownloadStore(state_file)
@@ -185,6 +202,7 @@ class Downloads:
         for ref, unfinished in (await self._store.read()).items():
             job = Job(ref, JobState.PAUSED)
             job.resolved, job.completed_bytes = unfinished.resolved, unfinished.completed_bytes
+            job.asked_for = unfinished.asked_for
             self._jobs[ref] = job
             if unfinished.paused:
                 self._changed(job)
@@ -213,11 +231,8 @@ class Downloads:
             return self._jobs[ref]
         return next((job for job in self._jobs.values() if job.id == name), None)
 
-    def join(self, ref: HubRef, subscription: Subscription, *, for_request: bool = False) -> None:
+    def join(self, ref: HubRef, subscription: Subscription, asking: Asking) -> None:
         """Follow the download of a name; begin or resume it when it does not run.
-
-        `for_request` is for callers who did not ask for a download: they do not resume what was paused, nor
-        repeat at once what has failed.
 
         Raises:
             PaddockError: QUEUE_FULL; SHUTTING_DOWN; why it is not resumed.
@@ -227,15 +242,19 @@ class Downloads:
         job = self._jobs.get(ref)
         if job is not None and job.stopping.locked():
             raise failures.download_stopped(job.id, paused=True).error()
-        if job is not None and for_request:
+        if job is not None and asking is Asking.REQUEST:
             self._check_resumable(job)
         if job is None:
             active = sum(1 for other in self._jobs.values() if other.is_active)
             if active >= QUEUE_MAX:
                 raise failures.too_many_downloads(ref.name, active).error()
             job = self._jobs[ref] = Job(ref, JobState.QUEUED)
+        asked_for = job.asked_for or asking is Asking.DOWNLOAD
+        changed, job.asked_for = asked_for != job.asked_for, asked_for
         if job.task is None:
             self._begin(job)
+        elif changed:
+            self._remember()
         job.view.attach(subscription)
 
     def _check_resumable(self, job: Job) -> None:
@@ -254,7 +273,7 @@ class Downloads:
                 return 0  # it ended in this very moment
             view, job.view = job.view, LoadView(asyncio.get_running_loop().time)
             view.fail(failures.download_stopped(job.id, paused=keep))
-            job.state, job.failure = JobState.PAUSED, None
+            job.state, job.failure, job.asked_for = JobState.PAUSED, None, False
             if keep:
                 self._remember()
                 self._changed(job)
@@ -349,7 +368,7 @@ class Downloads:
         old_id = job.id
         job.resolved = message
         if job.id != old_id:
-            self._gone(old_id)
+            self._gone(job, old_id)
         if job.view.stage == pb.STAGE_RESOLVE:
             job.view.end_stage()
         self._remember()
@@ -390,7 +409,7 @@ class Downloads:
     def _forget(self, job: Job) -> None:
         if self._jobs.pop(job.ref, None) is not None:
             self._remember()
-            self._gone(job.id)
+            self._gone(job, job.id)
 
     def _remember(self) -> None:
         """Have the unfinished downloads kept; one that has failed is not taken up again by itself."""
@@ -398,7 +417,9 @@ class Downloads:
             return
         self._store.put(
             {
-                ref: Unfinished(job.state is JobState.PAUSED, job.completed_bytes, job.resolved)
+                ref: Unfinished(
+                    job.state is JobState.PAUSED, job.completed_bytes, job.resolved, job.asked_for
+                )
                 for ref, job in self._jobs.items()
                 if job.state is not JobState.FAILED
             }

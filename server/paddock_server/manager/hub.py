@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
@@ -19,7 +20,7 @@ from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.downloads.removal import remove_model
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Actor
-from paddock_server.manager.downloads import Downloads, Job, artifact_state
+from paddock_server.manager.downloads import Asking, Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.state import Phase
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from paddock_server.catalog import CatalogEntry
 
 log: FilteringBoundLogger = structlog.get_logger()
-
-VANISH_SECONDS: Final = 10.0
-"""How long a deleted model may take to leave the list; it takes a moment."""
 
 _AT_REST: Final = frozenset({Phase.UNLOADED, Phase.FAILED})
 
@@ -48,6 +46,9 @@ class HubTools:
     """Where unfinished downloads are kept over a restart."""
 
     actors: Mapping[str, Actor]
+    id_of: Callable[[str], str]
+    """Returns the id that a name stands for, or the name itself."""
+
     changes: ChangeLog
     rescan: Callable[[], Awaitable[None]]
     """Reads the catalog again at once. Raises `CatalogError`."""
@@ -57,11 +58,30 @@ class HubTools:
     """Whether requests may begin downloads."""
 
 
+class Wanted(NamedTuple):
+    """A model that is to be downloaded."""
+
+    name: str
+    """The id of the model that a configuration file names, else what the hub calls it."""
+
+    ref: HubRef
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A load or a request that waits for a download."""
+
+    wanted: Wanted
+    follower: Subscription
+    asking: Asking
+
+
 class HubModels:
     """What the manager knows of the hub. Every method is to be called in the manager's event loop."""
 
     def __init__(self, tools: HubTools) -> None:
         self._tools = tools
+        self._waiting: set[_Waiting] = set()
         self._downloads: Downloads | None = None
         if tools.cache_dir is not None:
             self._downloads = Downloads(
@@ -104,8 +124,27 @@ class HubModels:
         if model.startswith(HUB_PREFIX):
             self._required()
             return _ref_of_name(model)
-        job = self._job(model) if source is None and model not in self._tools.actors else None
+        if source is not None:
+            return None
+        actor = self._tools.actors.get(self._tools.id_of(model))
+        if actor is not None:
+            return actor.entry.absent
+        job = self._job(model)
         return job.ref if job is not None else None
+
+    def wanted(self, model: str, source: model_pb2.ModelSource | None = None) -> Wanted | None:
+        """Return what a request has to download before its model can be loaded; None when nothing.
+
+        Raises:
+            PaddockError: as `ref_of`.
+        """
+        actor = self._tools.actors.get(self._tools.id_of(model)) if model else None
+        if actor is not None and (actor.entry.absent is None or actor.state.phase not in _AT_REST):
+            return None
+        ref = self.ref_of(model, source)
+        if ref is None or (actor is None and self.find(ref) is not None):
+            return None
+        return Wanted(ref.name if actor is None else actor.entry.id, ref)
 
     def _is_name_of(self, model: str, ref: HubRef) -> bool:
         if model == self.find(ref):
@@ -117,14 +156,15 @@ class HubModels:
 
     def find(self, ref: HubRef) -> str | None:
         """Return the id of the model in the cache that a reference means; None when it is not there."""
-        files = {
-            actor.entry.hub.file: model
-            for model, actor in self._tools.actors.items()
-            if actor.entry.hub is not None
-            and not actor.state.gone
-            and actor.entry.hub.repo_id == ref.repo_id
-            and actor.entry.hub.is_at(ref.revision)
-        }
+        files: dict[str, str] = {}
+        for model, actor in self._tools.actors.items():
+            hub = actor.entry.hub
+            if hub is None or actor.state.gone or hub.repo_id != ref.repo_id or not hub.is_at(ref.revision):
+                continue
+            # Of several models with one file, the one that the hub's name is a name of.
+            own = any(name.startswith(hub.repo_id) for name in actor.entry.setup.names)
+            if own or hub.file not in files:
+                files[hub.file] = model
         try:
             return files[choose_model(files, ref.pattern)]
         except NoSuchFileError:
@@ -138,29 +178,19 @@ class HubModels:
 
     # Downloads
 
-    async def bring(
-        self, ref: HubRef, subscription: Subscription, ready: Callable[[str], Awaitable[None]]
-    ) -> None:
-        """Download a model, show how it goes, and call `ready` with its id. A failure goes to the caller."""
-        follower = Subscription()
-        failure: failures.Failure | None = failures.internal(ref.name)
-        try:
-            self._required().join(ref, follower)
+    async def bring(self, wanted: Wanted, subscription: Subscription) -> str:
+        """Download a model for a load, show how it goes, and return the model's id.
+
+        Raises:
+            PaddockError: the download failed or was stopped, or the load was called off.
+        """
+        with self._waiting_for(wanted, Asking.LOAD) as follower:
             while (event := await follower.next()) is not None:
                 if event.HasField("progress") and not subscription.closed:
                     subscription.push(event)
-            await ready(self._found(ref))
-            failure = None
-        except PaddockError as error:
-            failure = failures.failure_of(error)
-        except asyncio.CancelledError:
-            failure = failures.shutting_down()
-            raise
-        finally:
-            if failure is not None:
-                subscription.fail(failure)
+        return self._arrived(wanted)
 
-    async def ensure(self, ref: HubRef) -> str:
+    async def ensure(self, wanted: Wanted) -> str:
         """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
         Raises:
@@ -168,18 +198,44 @@ class HubModels:
                 failed, or had been paused: a request resumes nothing that an operator has stopped, and does
                 not repeat what cannot work.
         """
-        downloads = self._required()
-        job = downloads.find(ref, ref.name)
+        job = self._required().find(wanted.ref, wanted.ref.name)
         if not self._tools.autoload_downloads and (job is None or not job.is_active):
-            raise failures.not_downloaded(HUB_PREFIX + ref.name).error()
-        follower = Subscription()
-        downloads.join(ref, follower, for_request=True)
-        try:
+            raise failures.not_downloaded(wanted.name).error()
+        with self._waiting_for(wanted, Asking.REQUEST) as follower:
             while await follower.next() is not None:
                 pass
+        return self._arrived(wanted)
+
+    @contextlib.contextmanager
+    def _waiting_for(self, wanted: Wanted, asking: Asking) -> Generator[Subscription]:
+        follower = Subscription()
+        self._required().join(wanted.ref, follower, asking)
+        waiting = _Waiting(wanted, follower, asking)
+        self._waiting.add(waiting)
+        try:
+            yield follower
         finally:
             follower.closed = True
-        return self._found(ref)
+            self._waiting.discard(waiting)
+
+    async def call_off(self, wanted: Wanted, failure: failures.Failure) -> int:
+        """Turn away the loads and requests that wait for a download of a model; return how many requests.
+
+        The download is paused, unless somebody has called Download for it or something else waits for it.
+        """
+        called_off = [one for one in self._waiting if one.wanted == wanted]
+        for one in called_off:
+            one.follower.fail(failure)
+        others = any(one.wanted.ref == wanted.ref for one in self._waiting.difference(called_off))
+        job = self._required().find(wanted.ref, wanted.ref.name)
+        if job is not None and job.is_active and not job.asked_for and not others:
+            await self._required().halt(job, keep=True)
+        return sum(one.asking is Asking.REQUEST for one in called_off)
+
+    def is_unfinished(self, name: str) -> bool:
+        """Return whether there is a download of what the hub calls so, and it is to go on."""
+        job = self._job(name)
+        return job is not None and job.is_active
 
     async def download(self, request: pb.DownloadRequest) -> AsyncGenerator[pb.DownloadResponse]:
         """Download a model and show how it goes: `progress* downloaded`. Closing detaches.
@@ -190,7 +246,7 @@ class HubModels:
         ref = self._download_ref(request)
         follower = Subscription()
         try:
-            self._required().join(ref, follower)
+            self._required().join(ref, follower, Asking.DOWNLOAD)
             while (event := await follower.next()) is not None:
                 if event.HasField("progress"):
                     yield pb.DownloadResponse(progress=event.progress)
@@ -199,22 +255,26 @@ class HubModels:
                 raise
         finally:
             follower.closed = True
-        actor = self._tools.actors[self._found(ref)]
-        yield pb.DownloadResponse(downloaded=self.completed(actor.snapshot()))
+        named = self._tools.id_of(request.model) if request.model else ""
+        actor = self._tools.actors[named if named in self._tools.actors else self._found(ref)]
+        yield pb.DownloadResponse(downloaded=actor.snapshot())
 
     def _download_ref(self, request: pb.DownloadRequest) -> HubRef:
         if request.HasField("source") and request.source.WhichOneof("source") != "hugging_face":
             field = "source"
             raise InvalidFieldError.of(field, "must hold hugging_face: a local file need not be downloaded")
-        actor = self._tools.actors.get(request.model)
-        if not request.HasField("source") and actor is not None and actor.entry.hub is None:
+        actor = self._tools.actors.get(self._tools.id_of(request.model)) if request.model else None
+        if not request.HasField("source") and actor is not None and _is_local(actor.entry):
             field = "model"
             raise InvalidFieldError.of(field, f"{request.model!r} is a file in a model directory already")
         ref = self.ref_of(request.model, request.source if request.HasField("source") else None)
-        if ref is None:  # an id, or an `hf:` name without its `hf:`
-            self._required()
-            ref = _ref_of_name(request.model)
-        return ref
+        if ref is not None:
+            return ref
+        self._required()
+        if actor is not None and actor.entry.hub is not None and actor.entry.id == request.model:
+            ref = _ref_if_name(request.model)
+            return ref or HubRef(actor.entry.hub.repo_id, actor.entry.hub.revision, actor.entry.hub.file)
+        return _ref_of_name(request.model)  # an id, or an `hf:` name without its `hf:`
 
     async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
         """Pause or cancel a download.
@@ -222,7 +282,7 @@ class HubModels:
         Raises:
             PaddockError: MODEL_NOT_FOUND there is no such download.
         """
-        job = self._job(request.model)
+        job = self._job_named(request.model)
         if job is None:
             raise make_error(
                 Reason.MODEL_NOT_FOUND,
@@ -231,10 +291,13 @@ class HubModels:
                 resource=request.model,
             )
         await self._required().halt(job, keep=request.mode == pb.STOP_DOWNLOAD_MODE_PAUSE)
-        actor = self._tools.actors.get(job.id)
-        if actor is not None:
-            return pb.StopDownloadResponse(model=self.completed(actor.snapshot()))
-        return pb.StopDownloadResponse(model=job.to_model())
+        actors = self._actors_of(job)
+        return pb.StopDownloadResponse(model=actors[0].snapshot() if actors else job.to_model())
+
+    def _job_named(self, name: str) -> Job | None:
+        """Return the download of a model, by any of its names."""
+        actor = self._tools.actors.get(self._tools.id_of(name))
+        return self._job(name) if actor is None else self._job_of(actor.entry)
 
     def _job(self, name: str) -> Job | None:
         if self._downloads is None:
@@ -251,6 +314,10 @@ class HubModels:
             raise ModelNotFoundError.of(ref.name)
         return found
 
+    def _arrived(self, wanted: Wanted) -> str:
+        actor = self._tools.actors.get(wanted.name)
+        return self._found(wanted.ref) if actor is None else actor.entry.id
+
     def _required(self) -> Downloads:
         if self._downloads is None:
             raise make_error(
@@ -262,6 +329,8 @@ class HubModels:
     async def _finished(self, job: Job) -> None:
         """Make the model of a finished download known."""
         await self._rescan()
+        # Actors that a configuration file has made are told of their files by message.
+        await asyncio.gather(*(actor.caught_up() for actor in self._actors_of(job)))
         resolved = job.resolved
         if resolved is not None and any(
             actor.entry.hub is not None
@@ -286,36 +355,40 @@ class HubModels:
     # What is shown
 
     def _changed(self, job: Job) -> None:
-        self._tools.changes.changed(self._shown(job), model_pb2.MODEL_STATE_UNSPECIFIED)
+        shown = [actor.snapshot() for actor in self._actors_of(job)] or [job.to_model()]
+        for model in shown:
+            self._tools.changes.changed(model, model_pb2.MODEL_STATE_UNSPECIFIED)
 
-    def _gone(self, model: str) -> None:
-        actor = self._tools.actors.get(model)
-        if actor is None:
-            self._tools.changes.deleted(model)
-        else:
+    def _gone(self, job: Job, model: str) -> None:
+        actors = self._actors_of(job)
+        for actor in actors:
             self._tools.changes.changed(actor.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
+        if not actors:
+            self._tools.changes.deleted(model)
 
-    def _shown(self, job: Job) -> model_pb2.Model:
-        actor = self._tools.actors.get(job.id)
-        return job.to_model() if actor is None else _with(actor.snapshot(), job)
+    def _actors_of(self, job: Job) -> list[Actor]:
+        return [actor for actor in self._tools.actors.values() if _is_of(actor.entry, job)]
 
-    def completed(self, model: model_pb2.Model) -> model_pb2.Model:
+    def _job_of(self, entry: CatalogEntry) -> Job | None:
+        if self._downloads is None or _is_local(entry):
+            return None
+        return next((job for job in self._downloads.jobs() if _is_of(entry, job)), None)
+
+    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
         """Add to a model what is known of a download of it."""
-        job = self._downloads.find(None, model.id) if self._downloads is not None else None
-        return model if job is None else _with(model, job)
-
-    def all(self, models: Iterable[model_pb2.Model]) -> list[model_pb2.Model]:
-        """Add the downloads to the models there are, ordered by id."""
-        found = {model.id: model for model in models}
-        for job in self._downloads.jobs() if self._downloads is not None else ():
-            known = found.get(job.id)
-            found[job.id] = job.to_model() if known is None else _with(known, job)
-        return [found[model] for model in sorted(found)]
+        job = self._job_of(entry)
+        if job is not None:
+            model.download.CopyFrom(job.to_proto())
+            if job.is_active:
+                model.artifact_state = artifact_state(job)
+        return model
 
     def unlisted(self) -> dict[str, model_pb2.Model]:
         """Return the models, by id, of which there is a download and nothing else."""
         jobs = self._downloads.jobs() if self._downloads is not None else ()
-        return {job.id: job.to_model() for job in jobs if job.id not in self._tools.actors}
+        entries = [actor.entry for actor in self._tools.actors.values()] if jobs else []
+        of_hub = [entry for entry in entries if not _is_local(entry)]
+        return {job.id: job.to_model() for job in jobs if not any(_is_of(entry, job) for entry in of_hub)}
 
     def pending(self, name: str) -> model_pb2.Model | None:
         """Return a model of which there is a download and nothing else."""
@@ -330,10 +403,10 @@ class HubModels:
         Raises:
             PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
         """
-        model = self.id_of(request.model)
+        model = self._tools.id_of(request.model)
         actor = self._tools.actors.get(model)
-        job = self._job(request.model)
-        if actor is not None and actor.entry.hub is None:
+        job = self._job_named(request.model)
+        if actor is not None and _is_local(actor.entry):
             field = "model"
             raise InvalidFieldError.of(
                 field,
@@ -341,8 +414,10 @@ class HubModels:
             )
         if actor is None and job is None and not request.allow_missing:
             raise ModelNotFoundError.of(request.model)
-        if actor is not None and actor.state.phase not in _AT_REST:
-            raise failures.not_deleted(model, "it has a worker; unload it first").error()
+        for sharing in self._sharing(actor):
+            if sharing.state.phase not in _AT_REST:
+                why = f"{sharing.entry.id!r} has a worker; unload it first"
+                raise failures.not_deleted(model, why).error()
         if job is not None and job.is_active:
             raise failures.not_deleted(job.id, "a download of it runs; stop that first").error()
         freed = 0
@@ -351,11 +426,16 @@ class HubModels:
         if actor is not None:
             freed += await asyncio.to_thread(self._remove, actor.entry)
             await self._rescan()
-            closed = asyncio.create_task(actor.closed.wait())
-            await asyncio.wait({closed}, timeout=VANISH_SECONDS)
-            closed.cancel()
+            # It goes, or stays as a model that is to be downloaded when a configuration file names it.
+            await actor.caught_up()
             log.info("model_deleted", model=model, freed_bytes=freed)
         return pb.DeleteResponse(freed_bytes=freed)
+
+    def _sharing(self, actor: Actor | None) -> list[Actor]:
+        """Return the actors whose workers have the files of one open, itself among them."""
+        if actor is None:
+            return []
+        return [one for one in self._tools.actors.values() if one.entry.path == actor.entry.path]
 
     def _remove(self, entry: CatalogEntry) -> int:
         """Remove the files of a model. Runs in a thread."""
@@ -374,11 +454,27 @@ class HubModels:
         return remove_model(self._tools.cache_dir, entry.hub.repo_id, links)
 
 
-def _with(model: model_pb2.Model, job: Job) -> model_pb2.Model:
-    model.download.CopyFrom(job.to_proto())
-    if job.is_active:
-        model.artifact_state = artifact_state(job)
-    return model
+def _is_local(entry: CatalogEntry) -> bool:
+    return entry.hub is None and entry.absent is None
+
+
+def _is_of(entry: CatalogEntry, job: Job) -> bool:
+    """Return whether a download is that of a model."""
+    if entry.absent is not None:
+        return entry.absent == job.ref
+    hub, resolved = entry.hub, job.resolved
+    if hub is None:
+        return False
+    if resolved is None or job.id == entry.id:
+        return job.id == entry.id or job.id in entry.setup.names
+    return (hub.repo_id, hub.file) == (job.ref.repo_id, resolved.file) and hub.is_at(job.ref.revision)
+
+
+def _ref_if_name(name: str) -> HubRef | None:
+    try:
+        return parse_hub_name(name)
+    except HubNameError:
+        return None
 
 
 def _ref_of_name(name: str) -> HubRef:

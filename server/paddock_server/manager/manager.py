@@ -34,7 +34,8 @@ from paddock_server.manager.messages import (
     TermsSet,
     UnloadAsked,
 )
-from paddock_server.manager.options import Wish, default_options, terms_of, wish_of
+from paddock_server.manager.options import NO_WISH, default_options, terms_of, wish_of
+from paddock_server.manager.pending import PendingLoads
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
 from paddock_server.manager.snapshot import Listing, logs_response, public_state
@@ -129,10 +130,13 @@ class ModelManager:
             loop=self._loop,
             held=residency.held.get,
             remember=self._desired.put,
+            completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
         )
         self.hub = HubModels(self._hub_tools(fetchers or FetcherLauncher()))
         """The models of the Hugging Face Hub: downloads and deletion."""
+
+        self._pending = PendingLoads(self.hub, self._desired, self._load_by_id)
         self._scan_lock = asyncio.Lock()
         self._scanned_at = -SCAN_SECONDS
         self._next_scan: asyncio.Task[None] | None = None
@@ -144,6 +148,7 @@ class ModelManager:
             cache_dir=self._config.hub_cache,
             state_file=self._config.downloads_file,
             actors=self._actors,
+            id_of=self._id_of,
             changes=self._changes,
             rescan=self.rescan,
             launcher=launcher,
@@ -162,9 +167,9 @@ class ModelManager:
         await self.rescan()
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
+        await self.hub.start()
         self._replay()
         self._load_on_startup()
-        await self.hub.start()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
@@ -201,14 +206,15 @@ class ModelManager:
 
     def _replay(self) -> None:
         """Load again what the operator had loaded, as far as there is room; the latest loads first of all."""
-        present = [model for model in self._desired.loads if model in self._actors]
-        missing = [model for model in self._desired.loads if model not in self._actors]
+        loads = dict(self._desired.loads)
+        present = [model for model in loads if model in self._actors or self.hub.is_unfinished(model)]
+        missing = [model for model in loads if model not in present]
         kept = present[-self._config.models_max :] if self._config.models_max else present
         if missing:
             log.warning("remembered_models_missing", models=missing)
         for model in kept:
             log.info("load_replayed", model=model)
-            self._actors[model].tell(LoadAsked(_nobody(), self._desired.loads[model]))
+            self._begin_load(model, LoadAsked(_nobody(), loads[model]))
 
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
@@ -217,7 +223,15 @@ class ModelManager:
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
-            self._actors[model].tell(LoadAsked(_nobody(), Wish({}), explicit=False))
+            self._begin_load(model, LoadAsked(_nobody(), NO_WISH, explicit=False))
+
+    def _begin_load(self, model: str, asked: LoadAsked) -> None:
+        """Load a model that nobody calls for, downloading it first where it has to be."""
+        wanted = self.hub.wanted(model)
+        if wanted is None:
+            self._actors[model].tell(asked)
+        else:
+            self._own_task(self._pending.run(wanted, asked), f"load-{model}")
 
     # What the RPCs ask for
 
@@ -236,25 +250,23 @@ class ModelManager:
             conflict=_CONFLICTS[request.conflict_policy],
             timeout_seconds=timeout.ToNanoseconds() / 1e9 if request.HasField("load_timeout") else None,
         )
-        ref = self.hub.ref_of(request.model, request.source if request.HasField("source") else None)
-        if ref is None:
-            (await self._load_target(request)).tell(asked)
+        source = request.source if request.HasField("source") else None
+        wanted = self.hub.wanted(request.model, source)
+        if wanted is not None:
+            # A task of its own: a caller who goes leaves the download, and the load after it, running.
+            self._own_task(self._pending.run(wanted, asked), f"load-{wanted.name}")
+        elif (ref := self.hub.ref_of(request.model, source)) is not None:
+            await self._load_by_id(self.hub.find(ref) or request.model, asked)
         else:
-
-            async def load(model: str) -> None:
-                (await self._actor_to_load(model)).tell(asked)
-
-            found = self.hub.find(ref)
-            if found is not None:
-                await load(found)
-            else:
-                # A task of its own: a caller who goes leaves the download, and the load after it, running.
-                self._own_task(self.hub.bring(ref, subscription, load), f"load-{ref.name}")
+            (await self._load_target(request)).tell(asked)
         try:
             while (event := await subscription.next()) is not None:
                 yield event
         finally:
             subscription.closed = True
+
+    async def _load_by_id(self, model: str, asked: LoadAsked) -> None:
+        (await self._actor_to_load(model)).tell(asked)
 
     async def would_load(self, request: pb.LoadRequest) -> tuple[CatalogEntry, Options]:
         """Return what a load would read, and the options it would have; nothing is started.
@@ -275,6 +287,13 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND, LOAD_ID_MISMATCH.
         """
+        aborted = 0
+        wanted = self.hub.wanted(request.model)
+        if wanted is not None and not request.load_id:  # A load that still downloads has no id.
+            aborted = await self.hub.call_off(wanted, failures.load_aborted(wanted.name))
+            self._desired.put(wanted.name, None)
+        if self._id_of(request.model) not in self._actors and (pending := self.hub.pending(request.model)):
+            return pb.UnloadResponse(model=pending, aborted_request_count=aborted)
         actor = await self._actor(request.model)
         reply: asyncio.Future[pb.UnloadResponse] = asyncio.get_running_loop().create_future()
         timeout = request.drain_timeout
@@ -290,7 +309,9 @@ class ModelManager:
                 only_load_id=request.load_id,
             )
         )
-        return await reply
+        response = await reply
+        response.aborted_request_count += aborted
+        return response
 
     async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
         """Have a model give its memory back; returns when it has.
@@ -336,12 +357,11 @@ class ModelManager:
             allowed = self._config.autoload
         else:
             allowed = autoload == pb.AUTOLOAD_POLICY_LOAD
-        ref = self.hub.ref_of(model, None) if self._id_of(model) not in self._actors else None
-        if ref is not None:
-            found = self.hub.find(ref)
-            if found is None and not allowed:
+        wanted = self.hub.wanted(model)
+        if wanted is not None:
+            if not allowed:
                 raise failures.model_not_loaded(model).error()
-            model = found or await self.hub.ensure(ref)
+            model = await self.hub.ensure(wanted)
         actor = await self._actor_to_load(model)
         if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
             raise failures.too_many_requests_wait(model, self._waiting).error()
@@ -369,7 +389,7 @@ class ModelManager:
         """
         if self._id_of(model) not in self._actors and (pending := self.hub.pending(model)) is not None:
             return pending
-        return self.hub.completed((await self._actor(model)).snapshot())
+        return (await self._actor(model)).snapshot()
 
     def listing(self) -> Listing:
         """Return what List shows, ordered by id, without making a message of any model yet."""
@@ -382,7 +402,7 @@ class ModelManager:
         def model_of(model: str) -> model_pb2.Model:
             if model in downloads:
                 return downloads[model]
-            return self.hub.completed(self._actors[model].snapshot())
+            return self._actors[model].snapshot()
 
         return Listing(sorted(shown | downloads.keys()), state_of, model_of, self._changes.revision)
 
@@ -512,7 +532,7 @@ class ModelManager:
                 difference.added.append(model)
             elif actor.state.gone or (actor.entry is not entry and actor.entry != entry):
                 defaults = default_options(self._config, entry.facts, entry.setup)
-                reread = reloading and other_file(actor.entry, entry)
+                reread = reloading and entry.absent is None and other_file(actor.entry, entry)
                 event = FileFound(defaults, entry_problem(entry), reloading, reread)
                 actor.tell(EntryFound(entry, event))
                 actor.tell(TermsSet(terms_of(entry.setup, self._desired.pins.get(model))))
@@ -569,7 +589,8 @@ class ModelManager:
         return actor
 
     def _models(self) -> list[model_pb2.Model]:
-        return self.hub.all(actor.snapshot() for actor in self._actors.values())
+        models = {model: actor.snapshot() for model, actor in self._actors.items()} | self.hub.unlisted()
+        return [models[model] for model in sorted(models)]
 
     def _vanished(self, model: str) -> None:
         self._actors.pop(model).log_ring.close()

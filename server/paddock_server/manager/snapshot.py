@@ -93,7 +93,11 @@ def model_proto(
     model = model_pb2.Model(
         id=entry.id,
         state=PUBLIC_STATES[state.phase],
-        artifact_state=model_pb2.ARTIFACT_STATE_ABSENT if state.gone else model_pb2.ARTIFACT_STATE_DOWNLOADED,
+        artifact_state=(
+            model_pb2.ARTIFACT_STATE_ABSENT
+            if state.gone or entry.absent is not None
+            else model_pb2.ARTIFACT_STATE_DOWNLOADED
+        ),
         load_id=state.load_id,
         size_bytes=entry.size_bytes,
         lease_count=state.leases,
@@ -101,7 +105,10 @@ def model_proto(
         pinned=state.terms.pinned,
         priority=state.terms.priority,
     )
-    if entry.hub is not None:
+    if entry.absent is not None:
+        hub, absent = model.source.hugging_face, entry.absent
+        hub.repo_id, hub.revision, hub.file_pattern = absent.repo_id, absent.revision, absent.pattern
+    elif entry.hub is not None:
         hub = model.source.hugging_face
         hub.repo_id, hub.revision, hub.file_pattern = entry.hub.repo_id, entry.hub.commit, entry.hub.file
     else:

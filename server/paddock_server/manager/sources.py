@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import InvalidConfigError
-from paddock_server.manager.failure import problem
+from paddock_server.manager.failure import not_downloaded, problem
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +37,9 @@ class ModelCatalog(Protocol):
 
 
 def entry_problem(entry: CatalogEntry) -> Failure | None:
-    """Return what the catalog found wrong with a model's files."""
+    """Return why a model's files cannot be loaded."""
+    if entry.absent is not None:
+        return not_downloaded(entry.id)
     return problem(entry.problem) if entry.problem is not None else None
 
 

@@ -471,7 +471,9 @@ type LoadRequest struct {
 	ConflictPolicy LoadConflictPolicy `protobuf:"varint,4,opt,name=conflict_policy,json=conflictPolicy,proto3,enum=paddock.v1.LoadConflictPolicy" json:"conflict_policy,omitempty"`
 	// How long the server may take before the load fails. Unset takes the
 	// server's default. Independent of the deadline of the call. Counts for the
-	// call that began the load; one that joins it has no say.
+	// call that began the load; one that joins it has no say. When it passes, the
+	// load ends for all its callers, with `DEADLINE_EXCEEDED`; a download that it
+	// waited for is paused, unless somebody called `Download` for it.
 	LoadTimeout   *durationpb.Duration `protobuf:"bytes,5,opt,name=load_timeout,json=loadTimeout,proto3" json:"load_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -63,7 +63,8 @@ type ModelManagerClient interface {
 	// returns `loaded` at once.
 	//
 	// Cancelling the call, or its deadline passing, stops the stream and not the
-	// load; `Unload` aborts a load.
+	// load; `Unload` aborts a load. A load that is downloading its model when the
+	// server ends goes on at its next start.
 	//
 	// Common errors: `NOT_FOUND` unknown model or repository;
 	// `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -72,7 +73,9 @@ type ModelManagerClient interface {
 	Load(ctx context.Context, in *LoadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LoadResponse], error)
 	// Unloads a model and returns once its worker process has exited.
 	//
-	// Succeeds when the model is already unloaded. Aborts a load in progress.
+	// Succeeds when the model is already unloaded. Aborts a load in progress, for
+	// all who called it. One that still downloads its model ends with it: the
+	// download goes on when somebody called `Download` for it, and else is paused.
 	Unload(ctx context.Context, in *UnloadRequest, opts ...grpc.CallOption) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.
@@ -452,7 +455,8 @@ type ModelManagerServer interface {
 	// returns `loaded` at once.
 	//
 	// Cancelling the call, or its deadline passing, stops the stream and not the
-	// load; `Unload` aborts a load.
+	// load; `Unload` aborts a load. A load that is downloading its model when the
+	// server ends goes on at its next start.
 	//
 	// Common errors: `NOT_FOUND` unknown model or repository;
 	// `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -461,7 +465,9 @@ type ModelManagerServer interface {
 	Load(*LoadRequest, grpc.ServerStreamingServer[LoadResponse]) error
 	// Unloads a model and returns once its worker process has exited.
 	//
-	// Succeeds when the model is already unloaded. Aborts a load in progress.
+	// Succeeds when the model is already unloaded. Aborts a load in progress, for
+	// all who called it. One that still downloads its model ends with it: the
+	// download goes on when somebody called `Download` for it, and else is paused.
 	Unload(context.Context, *UnloadRequest) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.

@@ -291,7 +291,9 @@ class LoadRequest(_message.Message):
     def load_timeout(self) -> _duration_pb2.Duration:
         """How long the server may take before the load fails. Unset takes the
         server's default. Independent of the deadline of the call. Counts for the
-        call that began the load; one that joins it has no say.
+        call that began the load; one that joins it has no say. When it passes, the
+        load ends for all its callers, with `DEADLINE_EXCEEDED`; a download that it
+        waited for is paused, unless somebody called `Download` for it.
         """
 
     def __init__(

@@ -163,7 +163,8 @@ class ModelManagerServicer(object):
         returns `loaded` at once.
 
         Cancelling the call, or its deadline passing, stops the stream and not the
-        load; `Unload` aborts a load.
+        load; `Unload` aborts a load. A load that is downloading its model when the
+        server ends goes on at its next start.
 
         Common errors: `NOT_FOUND` unknown model or repository;
         `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -177,7 +178,9 @@ class ModelManagerServicer(object):
     def Unload(self, request, context):
         """Unloads a model and returns once its worker process has exited.
 
-        Succeeds when the model is already unloaded. Aborts a load in progress.
+        Succeeds when the model is already unloaded. Aborts a load in progress, for
+        all who called it. One that still downloads its model ends with it: the
+        download goes on when somebody called `Download` for it, and else is paused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

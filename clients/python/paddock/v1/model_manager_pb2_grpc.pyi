@@ -52,7 +52,8 @@ class ModelManagerStub:
     returns `loaded` at once.
 
     Cancelling the call, or its deadline passing, stops the stream and not the
-    load; `Unload` aborts a load.
+    load; `Unload` aborts a load. A load that is downloading its model when the
+    server ends goes on at its next start.
 
     Common errors: `NOT_FOUND` unknown model or repository;
     `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -62,7 +63,9 @@ class ModelManagerStub:
     Unload: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.UnloadRequest, _model_manager_pb2.UnloadResponse]
     """Unloads a model and returns once its worker process has exited.
 
-    Succeeds when the model is already unloaded. Aborts a load in progress.
+    Succeeds when the model is already unloaded. Aborts a load in progress, for
+    all who called it. One that still downloads its model ends with it: the
+    download goes on when somebody called `Download` for it, and else is paused.
     """
     Sleep: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]
     """Has a loaded model give its memory back while its process stays, and
@@ -207,7 +210,8 @@ class ModelManagerAsyncStub(ModelManagerStub):
     returns `loaded` at once.
 
     Cancelling the call, or its deadline passing, stops the stream and not the
-    load; `Unload` aborts a load.
+    load; `Unload` aborts a load. A load that is downloading its model when the
+    server ends goes on at its next start.
 
     Common errors: `NOT_FOUND` unknown model or repository;
     `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -217,7 +221,9 @@ class ModelManagerAsyncStub(ModelManagerStub):
     Unload: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.UnloadRequest, _model_manager_pb2.UnloadResponse]  # type: ignore[assignment]
     """Unloads a model and returns once its worker process has exited.
 
-    Succeeds when the model is already unloaded. Aborts a load in progress.
+    Succeeds when the model is already unloaded. Aborts a load in progress, for
+    all who called it. One that still downloads its model ends with it: the
+    download goes on when somebody called `Download` for it, and else is paused.
     """
     Sleep: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]  # type: ignore[assignment]
     """Has a loaded model give its memory back while its process stays, and
@@ -365,7 +371,8 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         returns `loaded` at once.
 
         Cancelling the call, or its deadline passing, stops the stream and not the
-        load; `Unload` aborts a load.
+        load; `Unload` aborts a load. A load that is downloading its model when the
+        server ends goes on at its next start.
 
         Common errors: `NOT_FOUND` unknown model or repository;
         `FAILED_PRECONDITION` loaded with other options; `ABORTED` unloaded while
@@ -381,7 +388,9 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_manager_pb2.UnloadResponse, _abc.Awaitable[_model_manager_pb2.UnloadResponse]]:
         """Unloads a model and returns once its worker process has exited.
 
-        Succeeds when the model is already unloaded. Aborts a load in progress.
+        Succeeds when the model is already unloaded. Aborts a load in progress, for
+        all who called it. One that still downloads its model ends with it: the
+        download goes on when somebody called `Download` for it, and else is paused.
         """
 
     @_abc_1.abstractmethod
