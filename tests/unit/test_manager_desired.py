@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
+from paddock_server.catalog import ModelSetup, RequestDefaults
 from paddock_server.manager.desired import State, StateFileError, read_state
 from paddock_server.manager.options import Wish
 from paddock_server.state_files import write_atomically
-from tests.unit.manager_fakes import Server, loads, until
+from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from paddock_server.catalog import CatalogEntry
 
 LOADED = model_pb2.MODEL_STATE_LOADED
 
@@ -182,6 +185,50 @@ def test_a_huge_file_is_not_read(state_file: Path) -> None:
         file.truncate(1 << 30)
     with pytest.raises(StateFileError, match="larger"):
         read_state(state_file)
+
+
+def named(id_: str, *names: str, file: str) -> CatalogEntry:
+    """A model in a file, as a configuration file names it."""
+    setup = ModelSetup(names={name: RequestDefaults() for name in (id_, *names)}, aliases=names)
+    return replace(entry(id_), path=Path("/models") / file, setup=setup)
+
+
+@pytest.mark.parametrize("entries", [[named("b", file="a.gguf")], [named("b", "a", file="x.gguf")]])
+async def test_loads_and_pins_follow_a_model_that_gets_another_id(
+    state_file: Path, entries: list[CatalogEntry]
+) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+        await server.manager.pin(pb.PinRequest(model="a"))
+    renamed = Server(state_file=state_file)
+    renamed.catalog.entries = {one.id: one for one in entries}
+    async with renamed as server:
+        await until(lambda: loaded(server) == ["b"])
+        model = await server.manager.snapshot("b")
+    assert (model.runtime_options.slot_count, model.pinned) == (2, True)
+    state = read_state(state_file)
+    assert (list(state.loads), list(state.pins)) == (["b"], ["b"])
+
+
+async def test_a_reload_that_changes_an_id_takes_the_remembered_load_along(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+        server.catalog.entries = {"b": named("b", file="a.gguf")}
+        await server.manager.reload()
+        async with await server.manager.acquire("b"):
+            assert (await server.manager.snapshot("b")).runtime_options.slot_count == 2
+    assert list(read_state(state_file).loads) == ["b"]
+
+
+async def test_what_is_remembered_of_the_new_id_counts(state_file: Path) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
+        await loads(server.manager, "b", runtime_options=model_pb2.RuntimeOptions(slot_count=3))
+    renamed = Server(state_file=state_file)
+    renamed.catalog.entries = {"b": named("b", "a", file="b.gguf")}
+    async with renamed:
+        pass
+    assert read_state(state_file).loads == {"b": Wish({"slot_count": 3})}
 
 
 async def test_a_pin_is_remembered_and_taken_off_for_good(state_file: Path) -> None:

@@ -2,7 +2,7 @@
 server.
 
     {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, "idle_timeout_seconds": 0.0}}],
-    "pins": {"...": true}}
+    "pins": {"...": true}, "files": {"...": "/models/a.gguf"}}
 
 In the order of loading, latest last. Only options that somebody has set are kept, so that the others follow
 the configuration. The file is replaced as a whole, so that a crash leaves the old one or
@@ -15,7 +15,7 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -23,12 +23,14 @@ from paddock_server.manager.options import Wish, stored_wish
 from paddock_server.state_files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
 log: FilteringBoundLogger = structlog.get_logger()
+
+ValueT = TypeVar("ValueT")
 
 VERSION: Final = 1
 
@@ -46,6 +48,9 @@ class State:
     pins: dict[str, bool] = field(default_factory=dict[str, bool])
     """What operators have said of pins."""
 
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    """The file to load of those models, as far as it is known: what is left when their names change."""
+
 
 class StateFileError(Exception):
     """The state file cannot be understood."""
@@ -59,6 +64,7 @@ class DesiredLoads:
         self._path = path
         self._loads: dict[str, Wish] = {}
         self._pins: dict[str, bool] = {}
+        self._files: dict[str, str] = {}
         self._unwritten = False
         self._closing = False
         self._wake = asyncio.Event()
@@ -79,7 +85,7 @@ class DesiredLoads:
             return
         try:
             state = await asyncio.to_thread(read_state, self._path)
-            self._loads, self._pins = state.loads, state.pins
+            self._loads, self._pins, self._files = state.loads, state.pins, state.files
         except OSError as error:
             log.warning("state_file_unreadable", path=str(self._path), error=str(error))
         except StateFileError as error:
@@ -87,20 +93,52 @@ class DesiredLoads:
             await asyncio.to_thread(os.replace, self._path, aside)
             log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
 
-    def put(self, model: str, wish: Wish | None) -> None:
-        """Keep a load as the latest, or forget it."""
+    def put(self, model: str, wish: Wish | None, file: str = "") -> None:
+        """Keep a load as the latest, or forget it. `file` is what is loaded, as far as it is known."""
         known = self._loads.pop(model, None)
         if wish is not None:
             self._loads[model] = wish
+            self._note_file(model, file)
         elif known is None:
             return
         self._changed()
 
-    def pin(self, model: str, pinned: bool) -> None:
-        """Keep that a model is pinned, or is not."""
+    def pin(self, model: str, pinned: bool, file: str) -> None:
+        """Keep that a model, which is in a file, is pinned, or is not."""
         if self._pins.get(model) is not pinned:
             self._pins[model] = pinned
+            self._note_file(model, file)
             self._changed()
+
+    def follow(self, ids: Collection[str], names: Mapping[str, str], file_of: Callable[[str], str]) -> None:
+        """Take over ids that have changed: an earlier one is a name of the model now, or has the same file.
+
+        What is found nowhere stays for when it is. What is known of the new id already counts.
+
+        Args:
+            ids: All models there are.
+            names: Their other names, with the ids those mean.
+            file_of: Returns the file of a model that is there.
+        """
+        lost = {*self._loads, *self._pins}.difference(ids)
+        if not lost:
+            return
+        files = {file: model for model, file in self._files.items() if model in lost}
+        moved = {files[file]: id_ for id_ in ids if (file := file_of(id_)) in files} if files else {}
+        moved |= {name: names[name] for name in lost if name in names}
+        if moved:
+            log.info("remembered_models_renamed", models=moved)
+            self._loads = _renamed(self._loads, moved)
+            self._pins = _renamed(self._pins, moved)
+            self._files = _renamed(self._files, moved)
+            self._changed()
+
+    def _note_file(self, model: str, file: str) -> None:
+        if file:
+            self._files[model] = file
+        self._files = {
+            model: file for model, file in self._files.items() if model in self._loads or model in self._pins
+        }
 
     def _changed(self) -> None:
         self._unwritten = True
@@ -118,7 +156,9 @@ class DesiredLoads:
             if self._path is None or not unwritten:
                 continue
             try:
-                await asyncio.to_thread(write_atomically, self._path, _document(self._loads, self._pins))
+                await asyncio.to_thread(
+                    write_atomically, self._path, _document(self._loads, self._pins, self._files)
+                )
             except OSError as error:
                 log.warning("state_file_not_written", path=str(self._path), error=str(error))
 
@@ -128,9 +168,18 @@ class DesiredLoads:
         self._wake.set()
 
 
-def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool]) -> bytes:
+def _renamed(kept: Mapping[str, ValueT], moved: Mapping[str, str]) -> dict[str, ValueT]:
+    """Return the same under new names, in the same order."""
+    return {
+        moved.get(name, name): value
+        for name, value in kept.items()
+        if name not in moved or moved[name] not in kept
+    }
+
+
+def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool], files: Mapping[str, str]) -> bytes:
     entries = [{"model": model, "options": {**wish.values, **wish.times}} for model, wish in loads.items()]
-    document = {"version": VERSION, "loads": entries, "pins": dict(pins)}
+    document = {"version": VERSION, "loads": entries, "pins": dict(pins), "files": dict(files)}
     return json.dumps(document, indent=1, ensure_ascii=False).encode()
 
 
@@ -155,9 +204,9 @@ def read_state(path: Path) -> State:
             message = f"its version is {document['version']!r}; {VERSION} is known"
             raise StateFileError(message)
         loads = {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
-        return State(
-            loads, {_model_name(model): pin is True for model, pin in document.get("pins", {}).items()}
-        )
+        pins = {_model_name(model): pin is True for model, pin in document.get("pins", {}).items()}
+        files = {_model_name(model): _model_name(file) for model, file in document.get("files", {}).items()}
+        return State(loads, pins, files)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"{type(error).__name__}: {error}"
         raise StateFileError(message) from error
@@ -165,6 +214,6 @@ def read_state(path: Path) -> State:
 
 def _model_name(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        message = f"{value!r} is not the name of a model"
+        message = f"{value!r} is not the name of a model or of its file"
         raise TypeError(message)
     return value

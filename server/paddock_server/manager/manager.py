@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.admission import Admission
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
-    from paddock_server.manager.options import Options
+    from paddock_server.manager.options import Options, Wish
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.manager.sources import ModelCatalog
     from paddock_server.supervisor import LogRing
@@ -129,7 +129,7 @@ class ModelManager:
             admission=admission,
             loop=self._loop,
             held=residency.held.get,
-            remember=self._desired.put,
+            remember=self._remember,
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
         )
@@ -332,7 +332,7 @@ class ModelManager:
         """
         actor = await self._actor(request.model)
         pinned = not request.unpin
-        self._desired.pin(actor.state.model, pinned)
+        self._desired.pin(actor.state.model, pinned, _file_of(actor.entry))
         actor.tell(TermsSet(replace(actor.state.terms, pinned=pinned)))
         await actor.caught_up()
         return pb.PinResponse(model=actor.snapshot())
@@ -525,6 +525,7 @@ class ModelManager:
         """Take over what a scan found; only a reload touches the loads that are under way."""
         difference = pb.ReloadResponse()
         self._names = {name: model for model, entry in found.items() for name in entry.setup.names}
+        self._desired.follow(found, self._names, lambda model: _file_of(found[model]))
         for model, entry in found.items():
             actor = self._actors.get(model)
             if actor is None:
@@ -592,10 +593,18 @@ class ModelManager:
         models = {model: actor.snapshot() for model, actor in self._actors.items()} | self.hub.unlisted()
         return [models[model] for model in sorted(models)]
 
+    def _remember(self, model: str, wish: Wish | None) -> None:
+        self._desired.put(model, wish, _file_of(self._actors[model].entry))
+
     def _vanished(self, model: str) -> None:
         self._actors.pop(model).log_ring.close()
         self._tasks.pop(model).cancel()
         self._changes.deleted(model)
+
+
+def _file_of(entry: CatalogEntry) -> str:
+    """Return what tells a model's file from others; empty while it has none."""
+    return str(entry.path) if entry.absent is None else ""
 
 
 def _nobody() -> Subscription:
