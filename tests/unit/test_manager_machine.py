@@ -10,9 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import RAM, Footprint, device_bytes
+from paddock_server.manager.admission import Footprint, device_bytes
 from paddock_server.manager.options import Wish
 from paddock_server.manager.state import Phase
+from paddock_server.memory import RAM
 from tests.unit.manager_world import DEFAULTS, NO_WISH, Worker, World
 
 NAMES = ("a", "b", "c")
