@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import os
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -209,8 +211,11 @@ class ManagerMachine(RuleBasedStateMachine):
         assert not world.residency.waiting
 
 
+EXAMPLES = int(os.environ.get("PADDOCK_MACHINE_EXAMPLES", "200"))
+"""Of 50 steps each at most, 10,000 together. `make machine` runs a hundred times as many."""
+
 ManagerMachine.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=EXAMPLES,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
