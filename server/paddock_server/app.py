@@ -69,6 +69,7 @@ async def serving(
         StartError: an address is taken, a model directory cannot be read, or a configuration file does not
             validate.
     """
+    looking = asyncio.create_task(MachineWatch().look(), name="look-at-machine")
     try:
         catalog = await asyncio.to_thread(
             Catalog,
@@ -78,8 +79,9 @@ async def serving(
             hub_cache=config.hub_cache,
         )
     except (CatalogError, InvalidConfigError) as error:
+        looking.cancel()
         raise StartError(str(error)) from error
-    machine = await MachineWatch().look()
+    machine = await looking
     budget = memory_budget(machine, config)
     manager = ModelManager(
         catalog=catalog,

@@ -5,14 +5,17 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import grpc.aio
 import pytest
 
 from paddock.errors import PaddockError, Reason
 from paddock.transport import GrpcApi, connect
+from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
-from paddock.v1 import model_pb2
+from paddock.v1 import model_manager_pb2_grpc, model_pb2
 from paddock_server.app import serving
 from paddock_server.config import ServerConfig
+from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
 
@@ -122,3 +125,27 @@ async def test_a_context_left_open_is_chosen_to_fit_and_shown(models: Path) -> N
     async with serve(models, memory_budget=f"RAM={need - 256 * 1024}") as api:
         model = await load(api, "a", runtime_options=everything.runtime_options)
     assert 0 < model.runtime_options.context_size_tokens < trained
+
+
+async def test_a_waiter_whose_deadline_passes_costs_nothing(models: Path) -> None:
+    """It leaves the queue, and the model nobody waits for any more is not loaded when room comes."""
+    settings = {"models_dir": (models,), "grpc_port": 0, "state_dir": None, "models_max": 1}
+    async with (
+        serving(
+            ServerConfig.load(settings), launcher=fake_launcher(Behaviour(tokens_per_second=50))
+        ) as server,
+        connect(server.grpc_address) as channel,
+    ):
+        api = GrpcApi(channel)
+        busy = api.generate(pb.GenerateRequest(model="a", prompt="x", stop=gen.StopParams(max_tokens=1000)))
+        await anext(busy)
+        stub = model_manager_pb2_grpc.ModelManagerStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Generate(pb.GenerateRequest(model="b", prompt="x"), timeout=0.3):
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        waiting = (await api.get(pb.GetRequest(model="b"))).model
+        await busy.aclose()
+        assert (waiting.state, waiting.waiting_request_count) == (UNLOADED, 0)
+        assert (await api.get(pb.GetRequest(model="b"))).model.state == UNLOADED
+        assert (await api.get(pb.GetRequest(model="a"))).model.state == LOADED

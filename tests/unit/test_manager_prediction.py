@@ -15,7 +15,6 @@ from paddock_server.memory import RAM, Placement
 from tests.models import make_noise
 
 if TYPE_CHECKING:
-
     from paddock_server.catalog import CatalogEntry
 
 MIB = 1 << 20
