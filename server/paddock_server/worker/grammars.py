@@ -51,8 +51,8 @@ def check_beginnings(text: str, field: str) -> None:
     What is no grammar is let through: llama.cpp says what is wrong with it.
 
     Raises:
-        WorkerError: INVALID_FIELD, naming the field; INVALID_GRAMMAR for a rule that begins with itself, which
-            llama.cpp follows for ever where it does not see it.
+        WorkerError: INVALID_FIELD, naming the field; INVALID_GRAMMAR for a rule that begins with itself,
+            which llama.cpp follows for ever where it does not see it.
     """
     rules = _read_rules(text)
     counter = _Counter(rules, field)
@@ -124,7 +124,7 @@ class _Counter:
         if rule in self._open:
             raise WorkerError(
                 Reason.INVALID_GRAMMAR,
-                f"{self._field}: has a rule that begins with itself, or with rules that may be empty and then "
+                f"{self._field}: has a rule that begins with itself, or with what may be empty and then "
                 "itself; have it begin with something else",
                 field=self._field,
                 metadata={"field": self._field},
