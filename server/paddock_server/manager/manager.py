@@ -36,6 +36,7 @@ from paddock_server.manager.messages import (
 )
 from paddock_server.manager.options import NO_WISH, default_options, terms_of, wish_of
 from paddock_server.manager.pending import PendingLoads
+from paddock_server.manager.prediction import NoPrediction
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
 from paddock_server.manager.snapshot import Listing, logs_response, public_state
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.options import Options, Wish
+    from paddock_server.manager.prediction import Predictor
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.manager.sources import ModelCatalog
     from paddock_server.supervisor import LogRing
@@ -90,9 +92,11 @@ class ModelManager:
         launcher: WorkerLauncher,
         config: ManagerConfig,
         admission: Admission | None = None,
+        predictor: Predictor | None = None,
         fetchers: FetcherLauncher | None = None,
     ) -> None:
-        """`admission` is by default the plain limit of `config.models_max`, `fetchers` real processes."""
+        """`admission` is by default the plain limit of `config.models_max`; without a `predictor` nothing is
+        predicted; `fetchers` are real processes."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
@@ -128,6 +132,7 @@ class ModelManager:
             changes=self._changes,
             admission=admission,
             loop=self._loop,
+            predictor=predictor or NoPrediction(),
             held=residency.held.get,
             remember=self._remember,
             completed=lambda model, entry: self.hub.completed(model, entry),
