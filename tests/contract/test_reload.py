@@ -264,3 +264,14 @@ async def test_a_changed_file_is_reloaded_once_it_is_written(place: Place) -> No
             place.toml.write_text("[models.new]\npath = 'a.gguf'\nctx_size = 50\n")
             assert (await anext(events)).changed.model.id == "new"
         follower.cancel()
+
+
+async def test_an_estimate_is_that_of_the_model_s_own_options(place: Place) -> None:
+    place.toml.write_text("[models.a]\nctx_size = 300\nparallel = 3\nbatch_size = 64\n")
+    async with place.served(ctx_size=2048) as api:
+        own = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        plain = await api.estimate_memory(pb.EstimateMemoryRequest(model="b"))
+
+    options = own.runtime_options
+    assert (options.context_size_tokens, options.slot_count, options.batch_size_tokens) == (300, 3, 64)
+    assert plain.runtime_options.slot_count == 4

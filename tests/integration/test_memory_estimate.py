@@ -11,7 +11,7 @@ import psutil
 import pytest
 from gguf import LlamaFileType
 
-from paddock.errors import PaddockError, Reason
+from paddock.errors import InvalidFieldError, PaddockError, Reason
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import model_facts, read_header
 from paddock_server.memory import (
@@ -25,6 +25,7 @@ from paddock_server.memory import (
     model_shape,
 )
 from paddock_server.memory.compute import work_bytes
+from paddock_server.rpc.estimates import check_cache_types
 from paddock_server.supervisor import LocalLauncher, LogRing, WorkerSpec
 from paddock_server.worker.v1 import worker_pb2
 from tests.models.sized import SIZED, make_narrow_heads
@@ -196,3 +197,7 @@ async def test_a_cache_type_that_does_not_suit_the_model_is_named(
     assert caught.value.reason == Reason.INVALID_FIELD
     assert field in str(caught.value)
     assert "f16 suits every model" in str(caught.value)
+    options = LoadOptions(CONTEXT, SLOTS, BATCH, cache_type_k=key, cache_type_v=value)
+    with pytest.raises(InvalidFieldError) as estimated:
+        check_cache_types(shape_of(path), options)
+    assert caught.value.message in estimated.value.message  # an estimate says the same as the worker

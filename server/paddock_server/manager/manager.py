@@ -284,7 +284,7 @@ class ModelManager:
         problem = entry_problem(entry)
         if problem is not None:
             raise problem.error()
-        return entry, wish.filled(default_options(self._config, entry.facts))
+        return entry, wish.filled(default_options(self._config, entry.facts, entry.setup))
 
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Unload a model; returns when its worker is gone.

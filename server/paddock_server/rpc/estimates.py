@@ -6,8 +6,12 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from paddock.errors import InvalidFieldError
 from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.manager.options import FIELD
+from paddock_server.manager.prediction import load_options, shape_of
 from paddock_server.memory import (
+    CACHE_TYPES,
     RAM,
     LoadOptions,
     Machine,
@@ -16,7 +20,6 @@ from paddock_server.memory import (
     Verdict,
     chosen,
     estimate,
-    model_shape,
     verdict,
 )
 
@@ -52,7 +55,7 @@ async def estimate_memory(
     """Answer a request that has been checked.
 
     Raises:
-        PaddockError: there is no such model, or its file cannot be loaded.
+        PaddockError: there is no such model, its file cannot be loaded, or an option does not suit it.
     """
     load = pb.LoadRequest(
         model=request.model,
@@ -67,7 +70,7 @@ async def estimate_memory(
     own = sum(model.worker.resident_bytes for model in models if model.id == entry.id)
     budget = {device.name: device.free_bytes + held.get(device.name, 0) for device in machine.devices}
     budget[RAM] = min(budget[RAM] + own, machine.devices[0].total_bytes)
-    keeps_slots = request.runtime_options.HasField("slot_count")
+    keeps_slots = request.runtime_options.HasField("slot_count") or "slot_count" in entry.setup.options
     return await asyncio.to_thread(_response, entry, options, machine, budget, held, keeps_slots=keeps_slots)
 
 
@@ -80,15 +83,9 @@ def _response(
     *,
     keeps_slots: bool,
 ) -> pb.EstimateMemoryResponse:
-    shape = _shape(entry)
-    asked = LoadOptions(
-        context_size_tokens=options.context_size_tokens,
-        slot_count=options.slot_count,
-        batch_size_tokens=options.batch_size_tokens,
-        gpu_layer_count=options.gpu_layer_count,
-        cache_type_k=options.cache_type_k,
-        cache_type_v=options.cache_type_v,
-    )
+    shape = shape_of(entry)
+    asked = load_options(options)
+    check_cache_types(shape, asked)
     placement = machine.placement
     taken = chosen(shape, asked, placement, budget, keeps_slots=keeps_slots)
     found = estimate(shape, taken, placement)
@@ -114,15 +111,29 @@ def _response(
     )
 
 
-def _shape(entry: CatalogEntry) -> Shape:
-    """Return the shape of a model that has no problem; looks up the size of the projector beside it."""
-    if entry.facts is None:
-        message = f"{entry.id!r} has no facts, and no problem either"
-        raise ValueError(message)
-    projector = 0
-    if entry.mmproj_path is not None and entry.mmproj_path.exists():
-        projector = entry.mmproj_path.stat().st_size
-    return model_shape(entry.facts, projector_bytes=projector)
+def check_cache_types(shape: Shape, options: LoadOptions) -> None:
+    """Refuse the types of a cache that llama.cpp refuses for a model, as its worker would.
+
+    Raises:
+        InvalidFieldError: a type does not suit the heads of the model.
+    """
+    if not shape.has_memory:  # It keeps nothing, so that nobody looks at the types.
+        return
+    for layer in shape.layers:
+        value_width = layer.attended_width // layer.heads if layer.heads else 0
+        for letter, name, width in (
+            ("k", options.cache_type_k, layer.head_width),
+            ("v", options.cache_type_v, value_width),
+        ):
+            block = CACHE_TYPES[name].block_elements
+            if width % block:
+                field = f"{FIELD}.cache_type_{letter}"
+                cause = f"{letter.upper()} cache type {name} with block size {block}"
+                raise InvalidFieldError.of(
+                    field,
+                    f"does not suit this model: {cause} does not divide n_embd_head_{letter}={width}; "
+                    "f16 suits every model",
+                )
 
 
 def devices(machine: Machine) -> Iterable[pb.Device]:
