@@ -311,6 +311,7 @@ async def test_the_server_describes_itself(api: ModelManagerApi) -> None:
 
     assert first.version
     assert first.instance_id == second.instance_id != ""
+    assert "vision" not in first.features  # workers do not load projectors yet
 
 
 async def test_an_estimate_says_what_a_load_would_take_without_starting_one(api: ModelManagerApi) -> None:

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from paddock.errors import TABLE, Reason
+from paddock_server.catalog import Catalog
+from paddock_server.checking import problems
+from paddock_server.config import ServerConfig
 
-ERRORS_PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+DOCS = Path(__file__).parents[2] / "docs"
+ERRORS_PAGE = DOCS / "errors.md"
+EXAMPLE = DOCS / "paddock.example.toml"
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -19,3 +24,21 @@ def test_the_page_on_errors_states_the_row_of_the_code(reason: Reason) -> None:
     expected = f"| `{reason}` | {row.code} | {row.http_status} | `{row.openai_type}`, `{code}` | {retry} |"
 
     assert any(line.startswith(expected) for line in ERRORS_PAGE.read_text().splitlines()), expected
+
+
+def test_the_example_of_a_configuration_file_is_sound_and_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    config = ServerConfig.load({}, EXAMPLE)
+    catalog = Catalog(config.model_directories, config_file=EXAMPLE, hub_cache=config.hub_cache)
+    served = catalog.scan()
+
+    assert problems({}, EXAMPLE) == []
+    assert not config.autoload_downloads
+    assert list(served) == ["foal", "helper"]
+    assert served["foal"].setup.load_on_startup
+    assert served["helper"].absent is not None
+    assert served["helper"].setup.aliases == ("gpt-4o-mini", "poet")
+    assert served["helper"].setup.names["poet"].sampling == {"temperature": 1.2, "top_p": 0.95}

@@ -1084,7 +1084,8 @@ type ModelInfo struct {
 	DisplayName string `protobuf:"bytes,8,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
 	// Whether the model only computes embeddings and cannot generate.
 	EmbeddingOnly bool `protobuf:"varint,9,opt,name=embedding_only,json=embeddingOnly,proto3" json:"embedding_only,omitempty"`
-	// What its files can take in: text, and with a projector more.
+	// What its files can take in: text, and with a projector more. Requests take
+	// text alone unless `GetServerInfoResponse.features` has `vision`.
 	InputModalities []Modality `protobuf:"varint,10,rep,packed,name=input_modalities,json=inputModalities,proto3,enum=paddock.v1.Modality" json:"input_modalities,omitempty"`
 	// Whether the chat template shows tools to the model.
 	TemplateHasTools bool `protobuf:"varint,11,opt,name=template_has_tools,json=templateHasTools,proto3" json:"template_has_tools,omitempty"`

@@ -666,7 +666,9 @@ class ModelInfo(_message.Message):
     """Whether the chat template knows of thinking."""
     @_builtins.property
     def input_modalities(self) -> _containers.RepeatedScalarFieldContainer[Global___Modality.ValueType]:
-        """What its files can take in: text, and with a projector more."""
+        """What its files can take in: text, and with a projector more. Requests take
+        text alone unless `GetServerInfoResponse.features` has `vision`.
+        """
 
     def __init__(
         self,
