@@ -12,9 +12,10 @@ import structlog
 
 from paddock.api import ModelManagerApi
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
-from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError
+from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError, Place, Problem
+from paddock_server.config import CHANGES_IN_PLACE, ConfigError, setting_lines
 from paddock_server.logs import configure_logging
-from paddock_server.manager import ManagerConfig, MemoryAdmission, MemoryPredictor, ModelManager
+from paddock_server.manager import ManagerConfig, MemoryAdmission, MemoryPredictor, ModelManager, Settings
 from paddock_server.memory import MachineWatch
 from paddock_server.reloading import follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
@@ -22,7 +23,7 @@ from paddock_server.rpc.service import ModelManagerService
 from paddock_server.supervisor import LocalLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -86,9 +87,10 @@ async def serving(
     manager = ModelManager(
         catalog=catalog,
         launcher=launcher or LocalLauncher(),
-        config=_manager_config(config),
+        config=manager_config(config),
         admission=MemoryAdmission(config.models_max, budget),
         predictor=MemoryPredictor(machine.placement, budget),
+        settings=lambda: _settings(config, budget),
     )
     service = ModelManagerService(manager, version=version("paddock"))
     try:
@@ -114,10 +116,10 @@ async def serving(
         async with reloading(service, files):
             yield RunningServer(service, rpc.address)
     finally:
-        log.info("server_draining", seconds=config.drain_seconds)
+        log.info("server_draining", seconds=manager.config.drain_seconds)
         rpc.announce_stop()
         try:
-            await asyncio.gather(attached.aclose(), manager.stop(drain_seconds=config.drain_seconds))
+            await asyncio.gather(attached.aclose(), manager.stop(drain_seconds=manager.config.drain_seconds))
         finally:
             await rpc.stop(STREAM_CLOSE_SECONDS)
             log.info("server_stopped")
@@ -178,7 +180,31 @@ def memory_budget(machine: Machine, config: ServerConfig) -> dict[str, int]:
     return budget
 
 
-def _manager_config(config: ServerConfig) -> ManagerConfig:
+def _settings(config: ServerConfig, budget: Mapping[str, int]) -> Settings:
+    """Read the settings again: those that can change while the server runs, and which others have changed.
+
+    Raises:
+        InvalidConfigError: the configuration does not validate.
+    """
+    name = str(config.config_file or "")
+    try:
+        latest = config.reread()
+    except ConfigError as error:
+        raise InvalidConfigError([Problem(Place(name, 0), "", str(error))]) from error
+    lines = setting_lines(config.config_file)
+    values = {key: getattr(latest, key) for key in type(config).model_fields}
+    problems = [
+        Problem(Place(name, lines.get(key, 0)), key, "has changed; it needs a restart", is_error=False)
+        for key, value in values.items()
+        if key not in CHANGES_IN_PLACE and value != getattr(config, key)
+    ]
+    merged = config.model_copy(update={key: values[key] for key in CHANGES_IN_PLACE})
+    admission = MemoryAdmission(merged.models_max, budget)
+    return Settings(manager_config(merged), admission, tuple(problems))
+
+
+def manager_config(config: ServerConfig) -> ManagerConfig:
+    """Return what the manager goes by."""
     return ManagerConfig(
         models_max=config.models_max,
         autoload=config.models_autoload,

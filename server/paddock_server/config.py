@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,6 +24,28 @@ ENV_PREFIX = "PADDOCK_"
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 """The types llama-server names for `--cache-type-k` and `--cache-type-v`."""
+
+CHANGES_IN_PLACE = frozenset(
+    {
+        "models_max",
+        "models_autoload",
+        "autoload_downloads",
+        "ctx_size",
+        "parallel",
+        "n_gpu_layers",
+        "threads",
+        "batch_size",
+        "cache_type_k",
+        "cache_type_v",
+        "queue_limit",
+        "target_step_milliseconds",
+        "idle_timeout_seconds",
+        "sleep_idle_seconds",
+        "total_queue_limit",
+        "drain_seconds",
+    }
+)
+"""The settings that a reload takes over; the others need a restart."""
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 """Holds foal, the small model that comes with Paddock (models/foal in the repository)."""
@@ -160,6 +182,9 @@ class ServerConfig(BaseSettings):
     state_dir: Path | None = Field(default_factory=default_state_dir)
     """Where operators' loads are remembered over a restart; an empty value turns that off."""
 
+    _flags: Mapping[str, object] = PrivateAttr(default_factory=dict[str, object])
+    """What was given on the command line."""
+
     @property
     def model_directories(self) -> tuple[Path, ...]:
         """The directories to serve: those named, else the demo model's and, where it exists, the default."""
@@ -240,6 +265,7 @@ class ServerConfig(BaseSettings):
 
         class Loaded(cls):
             model_config = SettingsConfigDict(toml_file=config_file)
+            _flags: Mapping[str, object] = PrivateAttr(default_factory=lambda: dict(flags))
 
         try:
             return Loaded(**{**flags, "config_file": config_file})  # pyright: ignore[reportArgumentType]
@@ -248,6 +274,10 @@ class ServerConfig(BaseSettings):
         except ValueError as error:  # tomllib.TOMLDecodeError is one
             message = f"The configuration file {str(config_file)!r} cannot be read: {error}."
             raise ConfigError(message) from error
+
+    def reread(self) -> ServerConfig:
+        """Read the configuration again, under the same flags. Raises `ConfigError`."""
+        return ServerConfig.load(self._flags, self.config_file)
 
 
 class _TomlSettings(TomlConfigSettingsSource):
@@ -279,6 +309,14 @@ _UNITS = {
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
 }
 """As in GiB and GB; a letter alone is the binary unit."""
+
+
+def setting_lines(file: Path | None) -> dict[str, int]:
+    """Return the lines of the settings in a configuration file, from 1; none without a file."""
+    if file is None:
+        return {}
+    lines = key_lines(file.read_text(encoding="utf-8"))
+    return {path[0]: line for path, line in lines.items() if len(path) == 1}
 
 
 def _describe(error: ValidationError, flags: Mapping[str, object], file: Path | None) -> str:

@@ -275,3 +275,40 @@ async def test_an_estimate_is_that_of_the_model_s_own_options(place: Place) -> N
     options = own.runtime_options
     assert (options.context_size_tokens, options.slot_count, options.batch_size_tokens) == (300, 3, 64)
     assert plain.runtime_options.slot_count == 4
+
+
+async def test_a_reload_takes_over_settings_of_the_server_and_names_those_that_need_a_restart(
+    place: Place,
+) -> None:
+    place.toml.write_text("models_max = 1\nparallel = 2\n")
+    async with place.served() as api:
+        await generate(api, "a")
+        before = await until_loaded(api, "a")
+        place.toml.write_text(
+            "models_max = 2\nparallel = 3\nidle_timeout_seconds = 900\nreflection = false\n"
+        )
+        response = await api.reload(pb.ReloadRequest())
+        await generate(api, "b")
+        shown = await models(api)
+        again = await api.reload(pb.ReloadRequest())
+
+    assert [(problem.line, problem.key) for problem in response.problems] == [(4, "reflection")]
+    assert "needs a restart" in response.problems[0].message
+    assert response.problems == again.problems
+    assert [model.state for model in shown.values()] == [model_pb2.MODEL_STATE_LOADED] * 2  # models_max
+    assert shown["a"].load_id == before.load_id  # what is loaded is not loaded anew
+    assert (shown["a"].runtime_options.slot_count, shown["b"].runtime_options.slot_count) == (2, 3)
+    assert {model.runtime_options.idle_timeout.seconds for model in shown.values()} == {900}
+
+
+async def test_a_setting_that_does_not_validate_changes_nothing(place: Place) -> None:
+    place.toml.write_text("models_max = 1\n")
+    async with place.served() as api:
+        place.toml.write_text('models_max = 2\nparallel = "many"\n[models.clerk]\npath = "a.gguf"\n')
+        with pytest.raises(PaddockError) as caught:
+            await api.reload(pb.ReloadRequest())
+        shown = await models(api)
+
+    assert caught.value.reason == Reason.INVALID_CONFIG
+    assert "paddock.toml:2" in caught.value.message
+    assert not shown["a"].aliases

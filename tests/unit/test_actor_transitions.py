@@ -807,6 +807,7 @@ def test_every_event_is_answered_in_every_phase() -> None:
         m.WorkerReaped(0),
         *(m.TimerFired(timer) for timer in m.Timer),
         m.FileFound(DEFAULTS, None),
+        m.DefaultsSet(DEFAULTS),
         m.FileGone(),
         m.CloseAsked(1),
         m.Resumed(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paddock_server.config import DEMO_DIR, ConfigError, ServerConfig
+from paddock_server.app import manager_config
+from paddock_server.config import CHANGES_IN_PLACE, DEMO_DIR, ConfigError, ServerConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,3 +112,22 @@ def test_an_empty_state_directory_remembers_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PADDOCK_STATE_DIR", "")
 
     assert ServerConfig.load({}).state_dir is None
+
+
+def test_settings_that_change_in_place_are_settings_and_reach_the_manager() -> None:
+    assert ServerConfig.model_fields.keys() >= CHANGES_IN_PLACE
+    before = ServerConfig.load({})
+    others: dict[str, Any] = {"models_autoload": False, "autoload_downloads": True}
+    others |= {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+    for name in sorted(CHANGES_IN_PLACE):
+        value = others[name] if name in others else getattr(before, name) + 1
+        assert manager_config(before) != manager_config(before.model_copy(update={name: value})), name
+
+
+def test_a_configuration_is_read_again_under_the_same_flags(tmp_path: Path) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("models_max = 2\nparallel = 2\n")
+    config = ServerConfig.load({"parallel": 7}, file)
+    file.write_text("models_max = 3\nparallel = 3\n")
+
+    assert (config.reread().models_max, config.reread().parallel) == (3, 7)

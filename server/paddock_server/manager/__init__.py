@@ -15,7 +15,7 @@ desired      what comes back after a restart
 from __future__ import annotations
 
 from paddock_server.manager.admission import Admission, MemoryAdmission
-from paddock_server.manager.config import ManagerConfig
+from paddock_server.manager.config import ManagerConfig, Settings
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.manager import ModelManager
 from paddock_server.manager.prediction import MemoryPredictor
@@ -31,5 +31,6 @@ __all__ = [
     "MemoryAdmission",
     "MemoryPredictor",
     "ModelManager",
+    "Settings",
     "WorkerLauncher",
 ]

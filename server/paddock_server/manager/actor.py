@@ -61,9 +61,9 @@ _STAGES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tools:
-    """What actors work with. Shared by all of them."""
+    """What actors work with. Shared by all of them; written by the manager, when settings change."""
 
     launcher: WorkerLauncher
     config: ManagerConfig

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         AcquireAsked,
         Caller,
         CallerLeft,
+        DefaultsSet,
         LeaseReturned,
         LoadAsked,
         SleepAsked,
@@ -136,6 +137,20 @@ def follow_defaults(turn: Turn, *, other_file: bool) -> None:
         turn.set(outdated=options)
         if state.phase is Phase.READY:
             turn.catch_up()
+
+
+def defaults_set(turn: Turn, event: DefaultsSet) -> None:
+    """Take over other defaults: a load that is there takes the idle times alone, which need no other load."""
+    state = turn.state
+    turn.set(defaults=event.defaults)
+    if state.next_load is not None:
+        options = state.next_load.wish.filled(event.defaults)
+        turn.set(next_load=replace(state.next_load, options=options))
+    times = Wish({}, state.wish.filled(event.defaults).times)
+    if state.phase is Phase.READY:
+        _set_idle_times(turn, times)
+    elif state.phase not in AT_REST:
+        turn.set(options=times.filled(state.options))
 
 
 def remember_load(turn: Turn) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paddock_server.catalog import Problem
+from paddock_server.manager.admission import Admission
 from paddock_server.supervisor import RestartPolicy
 
 
@@ -90,3 +92,13 @@ class ManagerConfig:
 
     downloads_file: Path | None = None
     """Where unfinished downloads are kept over a restart; None keeps them nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a reload finds of the server's own settings."""
+
+    config: ManagerConfig
+    admission: Admission
+    problems: tuple[Problem, ...] = ()
+    """Changes that only a restart takes over."""

@@ -54,8 +54,6 @@ class HubTools:
     """Reads the catalog again at once. Raises `CatalogError`."""
 
     launcher: FetcherLauncher
-    autoload_downloads: bool
-    """Whether requests may begin downloads."""
 
 
 class Wanted(NamedTuple):
@@ -190,16 +188,18 @@ class HubModels:
                     subscription.push(event)
         return self._arrived(wanted)
 
-    async def ensure(self, wanted: Wanted) -> str:
+    async def ensure(self, wanted: Wanted, *, may_begin: bool) -> str:
         """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
+        With `may_begin` False it only waits for a download that runs.
+
         Raises:
-            PaddockError: MODEL_NOT_LOADED requests may not begin downloads here, and none runs; the download
+            PaddockError: MODEL_NOT_LOADED it may not begin a download, and none runs; the download
                 failed, or had been paused: a request resumes nothing that an operator has stopped, and does
                 not repeat what cannot work.
         """
         job = self._required().find(wanted.ref, wanted.ref.name)
-        if not self._tools.autoload_downloads and (job is None or not job.is_active):
+        if not may_begin and (job is None or not job.is_active):
             raise failures.not_downloaded(wanted.name).error()
         with self._waiting_for(wanted, Asking.REQUEST) as follower:
             while await follower.next() is not None:

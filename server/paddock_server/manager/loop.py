@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
-from paddock_server.manager.admission import Cost
+from paddock_server.manager.admission import Admission, Cost
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
 
 if TYPE_CHECKING:
@@ -94,7 +94,14 @@ class Looked:
     """Something changed that a plan may depend on."""
 
 
-LoopMessage: TypeAlias = Entered | Committed | Slept | Leaving | Left | Stayed | Looked
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """The limits have become others."""
+
+    admission: Admission
+
+
+LoopMessage: TypeAlias = Entered | Committed | Slept | Leaving | Left | Stayed | Looked | Limited
 
 
 class ManagerLoop:
@@ -141,6 +148,8 @@ class ManagerLoop:
                 books.leave(message.model, message.ticket)
             case Stayed():
                 books.refused(message.model, message.ticket)
+            case Limited():
+                books.limit(message.admission)
             case Looked():
                 pass
 

@@ -21,12 +21,13 @@ from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.hub import HubModels, HubTools
-from paddock_server.manager.loop import ManagerLoop
+from paddock_server.manager.loop import Limited, ManagerLoop
 from paddock_server.manager.messages import (
     AcquireAsked,
     CallerLeft,
     CloseAsked,
     Conflict,
+    DefaultsSet,
     FileFound,
     FileGone,
     LoadAsked,
@@ -50,14 +51,14 @@ from paddock_server.manager.sources import (
 from paddock_server.manager.state import NEVER, ActorState, Limits, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
     from typing import Any
 
     from structlog.typing import FilteringBoundLogger
 
     from paddock_server.catalog import CatalogEntry, RequestDefaults
     from paddock_server.manager.admission import Admission
-    from paddock_server.manager.config import ManagerConfig
+    from paddock_server.manager.config import ManagerConfig, Settings
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.options import Options, Wish
     from paddock_server.manager.prediction import Predictor
@@ -94,14 +95,17 @@ class ModelManager:
         admission: Admission | None = None,
         predictor: Predictor | None = None,
         fetchers: FetcherLauncher | None = None,
+        settings: Callable[[], Settings] | None = None,
     ) -> None:
         """`admission` is by default the plain limit of `config.models_max`; without a `predictor` nothing is
-        predicted; `fetchers` are real processes."""
+        predicted; `fetchers` are real processes. `settings` reads the server's own settings again for a
+        reload, blocking; it may raise InvalidConfigError. Without it they stay."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
         self._catalog = catalog
         self._config = config
+        self._settings = settings
         self._actors: dict[str, Actor] = {}
         self._actor_count = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -118,17 +122,10 @@ class ModelManager:
         self._writer: asyncio.Task[None] | None = None
         self._mentioned: dict[str, str] = {}
         self._names: dict[str, str] = {}
-        limits = Limits(
-            waiters_max=config.queue_limit,
-            drain_seconds=config.drain_seconds,
-            admission_timeout_seconds=config.admission_timeout_seconds,
-            restart=config.restart,
-            load_restart=config.load_restart,
-        )
         self._tools = Tools(
             launcher=launcher,
             config=config,
-            limits=limits,
+            limits=_limits(config),
             changes=self._changes,
             admission=admission,
             loop=self._loop,
@@ -157,7 +154,6 @@ class ModelManager:
             changes=self._changes,
             rescan=self.rescan,
             launcher=launcher,
-            autoload_downloads=self._config.autoload_downloads,
         )
 
     # Life
@@ -237,6 +233,11 @@ class ModelManager:
             self._actors[model].tell(asked)
         else:
             self._own_task(self._pending.run(wanted, asked), f"load-{model}")
+
+    @property
+    def config(self) -> ManagerConfig:
+        """The settings as they are after the latest reload."""
+        return self._config
 
     # What the RPCs ask for
 
@@ -366,7 +367,7 @@ class ModelManager:
         if wanted is not None:
             if not allowed:
                 raise failures.model_not_loaded(model).error()
-            model = await self.hub.ensure(wanted)
+            model = await self.hub.ensure(wanted, may_begin=self._config.autoload_downloads)
         actor = await self._actor_to_load(model)
         if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
             raise failures.too_many_requests_wait(model, self._waiting).error()
@@ -429,14 +430,35 @@ class ModelManager:
         async with self._scan_lock:
             self._scanned_at = asyncio.get_running_loop().time()
             try:
+                settings = await asyncio.to_thread(self._settings) if self._settings else None
                 found = await asyncio.to_thread(self._scan, reread=True)
             except (InvalidConfigError, CatalogError) as error:
                 raise reload_error(error) from error
             if self._closing:
                 raise failures.shutting_down().error()
+            own = settings is not None and self._take_over(settings)
             response = self._apply(found, reloading=True)
-            response.problems.extend(config_problem(one) for one in self._catalog.problems)
+            if own:
+                self._set_defaults(found)
+            problems = [*self._catalog.problems, *(settings.problems if settings is not None else ())]
+            response.problems.extend(config_problem(one) for one in problems)
             return response
+
+    def _take_over(self, settings: Settings) -> bool:
+        """Go by other settings of the server from now on; return whether they are others."""
+        if settings.config == self._config:
+            return False
+        log.info("settings_changed")
+        self._config = self._tools.config = settings.config
+        self._tools.limits = _limits(settings.config)
+        self._tools.admission = settings.admission
+        self._loop.tell(Limited(settings.admission))
+        return True
+
+    def _set_defaults(self, found: Mapping[str, CatalogEntry]) -> None:
+        for model, entry in found.items():
+            defaults = default_options(self._config, entry.facts, entry.setup)
+            self._actors[model].tell(DefaultsSet(defaults))
 
     def snapshots(self) -> tuple[list[model_pb2.Model], int]:
         """Return every model, ordered by id, and the revision they reflect."""
@@ -610,6 +632,16 @@ class ModelManager:
 def _file_of(entry: CatalogEntry) -> str:
     """Return what tells a model's file from others; empty while it has none."""
     return str(entry.path) if entry.absent is None else ""
+
+
+def _limits(config: ManagerConfig) -> Limits:
+    return Limits(
+        waiters_max=config.queue_limit,
+        drain_seconds=config.drain_seconds,
+        admission_timeout_seconds=config.admission_timeout_seconds,
+        restart=config.restart,
+        load_restart=config.load_restart,
+    )
 
 
 def _nobody() -> Subscription:

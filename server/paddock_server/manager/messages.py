@@ -197,6 +197,13 @@ class FileFound:
 
 
 @dataclass(frozen=True, slots=True)
+class DefaultsSet:
+    """The server's own settings have changed: times count at once, the rest from the next load on."""
+
+    defaults: Options
+
+
+@dataclass(frozen=True, slots=True)
 class FileGone:
     """The model's file is not there any more."""
 
@@ -235,6 +242,7 @@ Event: TypeAlias = (
     | WorkerReaped
     | TimerFired
     | FileFound
+    | DefaultsSet
     | FileGone
     | CloseAsked
     | Resumed

@@ -82,6 +82,10 @@ class Residency:
         self._held: dict[str, Holding] = {}
         self._waiting: dict[str, _Entry] = {}
 
+    def limit(self, admission: Admission) -> None:
+        """Go by other limits from now on. Who is there already stays as long as memory allows."""
+        self._admission = admission
+
     @property
     def held(self) -> Mapping[str, Holding]:
         """Who holds what, by model."""
