@@ -22,6 +22,7 @@ from tests.contract.test_downloads import (
     Gate,
     content,
     download,
+    fetchers,
     hub,
     listed,
     refused,
@@ -32,6 +33,7 @@ from tests.contract.test_downloads import (
 from tests.servers import wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
     from paddock.transport import GrpcApi
@@ -58,6 +60,10 @@ def configured(tmp_path: Path, more: str = "", **settings: Any) -> AbstractAsync
 async def load(api: GrpcApi, model: str, **request: Any) -> list[pb.LoadResponse]:
     async with aclosing(api.load(pb.LoadRequest(model=model, **request))) as responses:
         return [response async for response in responses]
+
+
+async def rest(stream: AsyncGenerator[pb.LoadResponse]) -> list[pb.LoadResponse]:
+    return [response async for response in stream]
 
 
 async def begun(api: GrpcApi, gate: Gate, model: str, **request: Any) -> asyncio.Task[Any]:
@@ -211,18 +217,18 @@ async def test_a_load_that_takes_longer_to_download_than_it_may_ends_for_all_its
     world: Path, tmp_path: Path, hub: FakeHub, content: bytes
 ) -> None:
     gate = Gate(hub, len(content) // 2)
-    request = pb.LoadRequest()
-    request.load_timeout.FromMilliseconds(1500)
+    request = pb.LoadRequest(model=NAME)
+    request.load_timeout.FromSeconds(3)
     async with server(tmp_path) as api:
-        first = await begun(api, gate, NAME, load_timeout=request.load_timeout)
-        second = asyncio.create_task(refused(load(api, NAME)))
-        paused = await until(api, ID, lambda model: model.download.paused)
+        streams = [api.load(request), api.load(pb.LoadRequest(model=NAME))]
+        for stream in streams:
+            await anext(stream)
+        errors = [await refused(rest(stream)) for stream in streams]
         gate.opened.set()
-        errors = [await first, await second]
+        await asyncio.to_thread(wait_until, lambda: not fetchers())
 
     assert {error.reason for error in errors} == {Reason.LOAD_STALLED}
     assert errors[0].metadata["stage"] == "download"
-    assert paused.artifact_state == ABSENT
 
 
 @pytest.mark.parametrize("name", ["helper", NAME])
