@@ -260,6 +260,33 @@ def test_run_continues_the_text_when_the_model_has_no_chat_template(
     assert refused.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("typed", "seconds"), [("30s", 30), ("1h", 3600), ("1h30m", 5400), ("-1s", 30 * 86_400)]
+)
+def test_run_and_chat_have_a_model_kept_for_as_long_as_is_typed(
+    paddock: Paddock, server: FakeServer, typed: str, seconds: int
+) -> None:
+    paddock("run", "tiny", "Hi", f"--keep-alive={typed}")
+    paddock("chat", "tiny", "--keep-alive", typed, input="Hi\n")
+
+    for request in server.manager.requests("Generate"):
+        assert isinstance(request, pb.GenerateRequest)
+        assert request.keep_alive.ToSeconds() == seconds
+    assert len(server.manager.requests("Generate")) == 2
+
+
+@pytest.mark.parametrize("typed", ["5", "soon", "31d", "721h"])
+def test_a_keep_alive_that_is_no_duration_is_refused_with_what_would_be_right(
+    paddock: Paddock, server: FakeServer, typed: str
+) -> None:
+    result = paddock("run", "tiny", "Hi", "--keep-alive", typed)
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "--keep-alive" in result.stderr
+    assert "must be" in result.stderr
+    assert server.manager.calls == []
+
+
 def test_run_json_is_one_event_a_line(paddock: Paddock) -> None:
     lines = events(paddock("run", "tiny", "Hi", "--json"))
 
