@@ -35,6 +35,7 @@ from paddock_server.manager.messages import (
     UnloadAsked,
 )
 from paddock_server.manager.options import Wish, default_options, terms_of, wish_of
+from paddock_server.manager.prediction import NoPrediction
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.residency import Residency
 from paddock_server.manager.snapshot import Listing, logs_response, public_state
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.options import Options
+    from paddock_server.manager.prediction import Predictor
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.manager.sources import ModelCatalog
     from paddock_server.supervisor import LogRing
@@ -89,9 +91,11 @@ class ModelManager:
         launcher: WorkerLauncher,
         config: ManagerConfig,
         admission: Admission | None = None,
+        predictor: Predictor | None = None,
         fetchers: FetcherLauncher | None = None,
     ) -> None:
-        """`admission` is by default the plain limit of `config.models_max`, `fetchers` real processes."""
+        """`admission` is by default the plain limit of `config.models_max`; without a `predictor` nothing is
+        predicted; `fetchers` are real processes."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
@@ -127,6 +131,7 @@ class ModelManager:
             changes=self._changes,
             admission=admission,
             loop=self._loop,
+            predictor=predictor or NoPrediction(),
             held=residency.held.get,
             remember=self._desired.put,
             vanished=self._vanished,
