@@ -140,3 +140,4 @@ def test_a_running_server_is_told_from_other_programs_and_asked_how_it_is(real_s
     assert all("Paddock" in finding["message"] for finding in areas["ports"])
     assert areas["server"][0]["level"] == "ok"
     assert real_server.grpc_address in areas["server"][0]["message"]
+    assert "they may have of RAM" in areas["server"][1]["message"]

@@ -4,6 +4,8 @@ import io
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.progress import Progress
 
@@ -183,9 +185,9 @@ BUSY = model(
         ),
         lease_count=12,
         worker=model_pb2.Worker(queued_request_count=3),
-        runtime_options=model_pb2.RuntimeOptions(sleep_timeout={"seconds": 300}),
-        expire_time={"seconds": int(START.timestamp()) + 240},
-        last_use_time={"seconds": int(START.timestamp()) - 60},
+        runtime_options=model_pb2.RuntimeOptions(sleep_timeout=Duration(seconds=300)),
+        expire_time=Timestamp(seconds=int(START.timestamp()) + 240),
+        last_use_time=Timestamp(seconds=int(START.timestamp()) - 60),
     )
 )
 
@@ -224,13 +226,15 @@ def test_memory_is_what_the_process_has_where_no_bytes_are_kept_account_of() -> 
     [(300, 0, "sleeps in 4m"), (300, 600, "sleeps in 4m"), (0, 300, "goes in 4m"), (600, 300, "goes in 4m")],
 )
 def test_a_model_whose_time_runs_says_what_will_become_of_it(sleep: int, idle: int, shown: str) -> None:
-    options = model_pb2.RuntimeOptions(sleep_timeout={"seconds": sleep}, idle_timeout={"seconds": idle})
-    expire = {"seconds": int(START.timestamp()) + 240}
+    options = model_pb2.RuntimeOptions(
+        sleep_timeout=Duration(seconds=sleep), idle_timeout=Duration(seconds=idle)
+    )
+    expire = Timestamp(seconds=int(START.timestamp()) + 240)
     loaded = model_pb2.Model(id="m", runtime_options=options, expire_time=expire)
 
     assert cells(loaded)["EXPIRES"] == shown
     verb = shown.split()[0].capitalize()
-    assert dict(facts(model(loaded), START))[verb].startswith("in 4 min 0 s, at ")
+    assert str(dict(facts(model(loaded), START))[verb]).startswith("in 4 min 0 s, at ")
 
 
 def test_a_pinned_model_does_not_expire() -> None:

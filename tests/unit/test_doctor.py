@@ -60,6 +60,7 @@ RUNNING = Running(
     loaded=1,
     failed={},
     restarts={},
+    memory={"RAM": (GIB, 8 * GIB)},
 )
 PORT = Port(purpose="gRPC", address="127.0.0.1:50051", flag="--grpc-port", answer=Answer.FREE)
 
@@ -160,6 +161,11 @@ JUDGEMENTS = {
         "Paddock 0.1.0 answers",
     ),
     "exposed": (findings.judge_exposure({"HTTP": "192.0.2.1"}), WARNING, "whoever reaches it"),
+    "budget": (
+        findings.judge_running(RUNNING, RUNNING.address, "0.1.0"),
+        OK,
+        "models hold 1.0 GiB of the 8.0 GiB they may have of RAM",
+    ),
     "taken port": ([findings.judge_port(replace(PORT, answer=Answer.OTHER))], PROBLEM, "not Paddock"),
     "refused port": (
         [findings.judge_port(replace(PORT, answer=Answer.REFUSED, detail="Permission denied"))],

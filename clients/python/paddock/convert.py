@@ -291,6 +291,8 @@ def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.Serve
                 display_name=device.display_name,
                 total_bytes=device.total_bytes,
                 free_bytes=device.free_bytes,
+                budget_bytes=device.budget_bytes,
+                held_bytes=device.held_bytes,
             )
             for device in message.devices
         ),

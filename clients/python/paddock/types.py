@@ -351,6 +351,10 @@ class Device:
     display_name: str
     total_bytes: int
     free_bytes: int
+    budget_bytes: int = 0
+    """What all models together may have."""
+    held_bytes: int = 0
+    """What models hold of it now."""
 
 
 class MemoryVerdict(StrEnum):

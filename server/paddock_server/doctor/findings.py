@@ -453,6 +453,8 @@ class Running:
     """Why models have failed, by id."""
     restarts: Mapping[str, int]
     """Workers that were replaced, by model; those above 0."""
+    memory: Mapping[str, tuple[int, int]]
+    """Bytes that models hold and may have, by device."""
 
 
 def judge_running(running: Running | None, address: str, own_version: str) -> list[Finding]:
@@ -466,6 +468,10 @@ def judge_running(running: Running | None, address: str, own_version: str) -> li
             area,
             f"{running.address}: Paddock {running.version}, up {minutes} min, {running.loaded} models loaded",
         )
+    ]
+    found += [
+        ok(area, f"models hold {gib(held)} of the {gib(budget)} they may have of {device}")
+        for device, (held, budget) in running.memory.items()
     ]
     if not running.serving:
         found.append(warning(area, "it is not serving: it is stopping", "Start it again with `paddock up`."))

@@ -23,6 +23,11 @@ Cost: TypeAlias = Hashable
 class Admission(Protocol):
     """A budget. Does not remember what is held: it is told every time."""
 
+    @property
+    def budget(self) -> Mapping[str, int]:
+        """Bytes there are, by device. A device that is not named has no limit."""
+        ...
+
     def predicted(self, device_bytes: Mapping[str, int], terms: Terms) -> Cost:
         """Return the cost of a load that is going to take so much of each device."""
         ...

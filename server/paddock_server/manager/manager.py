@@ -112,6 +112,10 @@ class ModelManager:
             patience_seconds=config.patience_seconds,
             waiting_max=config.waiting_models_max,
         )
+        self.memory_budget = admission.budget
+        """Bytes that models may have, by device. A device that is not named has no limit."""
+        self.memory_held = residency.held_bytes
+        """Gives the bytes that models hold by the ledger, by device."""
         self._loop = ManagerLoop(residency, self._actors.get)
         self._desired = DesiredLoads(config.state_file)
         self._writer: asyncio.Task[None] | None = None

@@ -7,12 +7,13 @@ own actor.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paddock_server.manager import failure as failures
-from paddock_server.manager.admission import Cost
+from paddock_server.manager.admission import Cost, device_bytes
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
 from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, plan
@@ -86,6 +87,14 @@ class Residency:
     def held(self) -> Mapping[str, Holding]:
         """Who holds what, by model."""
         return self._held
+
+    def held_bytes(self, *, without: str = "") -> Mapping[str, int]:
+        """Return what models hold, by device; of all but the one that is named."""
+        total: Counter[str] = Counter()
+        for model, holding in self._held.items():
+            if model != without:
+                total.update(device_bytes(holding.cost))
+        return total
 
     @property
     def waiting(self) -> tuple[str, ...]:

@@ -7,16 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.manager.prediction import load_options, shape_of
 from paddock_server.memory import (
-    RAM,
-    LoadOptions,
     Machine,
     PartKind,
-    Shape,
     Verdict,
     chosen,
     estimate,
-    model_shape,
     verdict,
 )
 
@@ -61,12 +58,7 @@ async def estimate_memory(
     )
     entry, options = await manager.would_load(load)
     machine = await watch.look()
-    models, _ = manager.snapshots()
-    # What loaded models have is known of the machine's own memory alone.
-    held = {RAM: sum(model.worker.resident_bytes for model in models if model.id != entry.id)}
-    own = sum(model.worker.resident_bytes for model in models if model.id == entry.id)
-    budget = {device.name: device.free_bytes + held.get(device.name, 0) for device in machine.devices}
-    budget[RAM] = min(budget[RAM] + own, machine.devices[0].total_bytes)
+    budget, held = _budget(machine, manager), manager.memory_held(without=entry.id)
     keeps_slots = request.runtime_options.HasField("slot_count")
     return await asyncio.to_thread(_response, entry, options, machine, budget, held, keeps_slots=keeps_slots)
 
@@ -80,17 +72,8 @@ def _response(
     *,
     keeps_slots: bool,
 ) -> pb.EstimateMemoryResponse:
-    shape = _shape(entry)
-    asked = LoadOptions(
-        context_size_tokens=options.context_size_tokens,
-        slot_count=options.slot_count,
-        batch_size_tokens=options.batch_size_tokens,
-        gpu_layer_count=options.gpu_layer_count,
-        cache_type_k=options.cache_type_k,
-        cache_type_v=options.cache_type_v,
-    )
-    placement = machine.placement
-    taken = chosen(shape, asked, placement, budget, keeps_slots=keeps_slots)
+    shape, placement = shape_of(entry), machine.placement
+    taken = chosen(shape, load_options(options), placement, budget, keeps_slots=keeps_slots)
     found = estimate(shape, taken, placement)
     needed = found.totals
     with_choice = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
@@ -114,19 +97,22 @@ def _response(
     )
 
 
-def _shape(entry: CatalogEntry) -> Shape:
-    """Return the shape of a model that has no problem; looks up the size of the projector beside it."""
-    if entry.facts is None:
-        message = f"{entry.id!r} has no facts, and no problem either"
-        raise ValueError(message)
-    projector = 0
-    if entry.mmproj_path is not None and entry.mmproj_path.exists():
-        projector = entry.mmproj_path.stat().st_size
-    return model_shape(entry.facts, projector_bytes=projector)
-
-
-def devices(machine: Machine) -> Iterable[pb.Device]:
+def devices(machine: Machine, manager: ModelManager) -> Iterable[pb.Device]:
     """Return the devices as `GetServerInfo` lists them."""
+    budget, held = _budget(machine, manager), manager.memory_held()
     for device in machine.devices:
         name = device.name if device.description == device.name else f"{device.name}: {device.description}"
-        yield pb.Device(display_name=name, total_bytes=device.total_bytes, free_bytes=device.free_bytes)
+        yield pb.Device(
+            display_name=name,
+            total_bytes=device.total_bytes,
+            free_bytes=device.free_bytes,
+            budget_bytes=budget[device.name],
+            held_bytes=held.get(device.name, 0),
+        )
+
+
+def _budget(machine: Machine, manager: ModelManager) -> Mapping[str, int]:
+    """Return what models may have of each device: all of one that has no limit."""
+    return {
+        device.name: manager.memory_budget.get(device.name, device.total_bytes) for device in machine.devices
+    }
