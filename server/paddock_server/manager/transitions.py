@@ -136,6 +136,7 @@ def _eviction_relented(turn: Turn, event: EvictionRelented) -> None:
 
 
 def _terms_set(turn: Turn, event: TermsSet) -> None:
+    pin_changes = event.terms.pinned != turn.state.terms.pinned
     turn.set(terms=event.terms)
     state = turn.state
     if event.terms.pinned and state.phase is Phase.DRAINING and state.cause is Cause.YIELD:
@@ -145,6 +146,9 @@ def _terms_set(turn: Turn, event: TermsSet) -> None:
         turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
     else:
+        if pin_changes and state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
+            turn.do(ClearTimers((Timer.IDLE,)))
+            turn.idle_asleep()
         turn.do(LookAgain())
 
 

@@ -106,6 +106,12 @@ class Turn:
                 self.do(SetTimer(timer, max(seconds, least)))
         self.do(LookAgain())
 
+    def idle_asleep(self) -> None:
+        """Have the process of a model that sleeps go when the idle time-out passes from now on."""
+        idle = self.state.options.idle_timeout_seconds
+        if idle > 0 and not self.state.terms.pinned:
+            self.do(SetTimer(Timer.IDLE, idle))
+
     def suspend(self) -> None:
         """Have the worker give its memory back."""
         self.to(Phase.SUSPENDING, Cause.SLEEP)
@@ -186,9 +192,7 @@ class Turn:
             return
         self.to(Phase.SLEEPING, why, explicit=False)
         self.do(ClearTimers(_ALL_TIMERS), Leave(self.state.ticket))
-        idle = self.state.options.idle_timeout_seconds
-        if idle > 0 and not self.state.terms.pinned:
-            self.do(SetTimer(Timer.IDLE, idle))
+        self.idle_asleep()
         self.do(Resume())
 
     def fail(self, failure: Failure) -> None:
