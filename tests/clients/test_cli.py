@@ -79,11 +79,11 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
     header, _, line = paddock("ps").stdout.splitlines()
 
     assert re.split(r"\s{2,}", header.strip()) == [
-        *("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "KV CACHE", "RESTARTS", "USED")
+        *("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
     ]
     cells = re.split(r"\s{2,}", line.strip())
     assert cells[:6] == ["tiny", "loaded", "60.0 MB", "5", "2 slot", "sleeps in 3d"]
-    assert cells[6:] == ["0 of 512", "1", "2m ago"]
+    assert cells[6:] == ["2m ago", "0 of 512", "1"]
 
 
 def test_ls_and_ps_show_models_that_sleep(paddock: Paddock, server: FakeServer) -> None:

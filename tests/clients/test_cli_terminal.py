@@ -139,7 +139,7 @@ def test_a_long_name_does_not_break_a_table(server: FakeServer) -> None:
         assert wide.exit_code() == ExitCode.OK
 
     assert [len(line.rstrip()) <= 100 for line in lines] == [True, True]
-    assert lines[0].split()[-1] == "USED"
+    assert lines[0].split()[-1] == "RESTARTS"
     assert re.match(r"a-model\S+…\S+q4_k_m  loaded  50\.0 MB ", lines[1])
     assert name in whole
 

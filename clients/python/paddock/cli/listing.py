@@ -136,7 +136,7 @@ LS_WIDE: Final = (
     *LS,
     *("REQUESTS", "WAITING", "RESTARTS", "EXPIRES", "ARCHITECTURE", "GROUP", "ALIASES", "SOURCE"),
 )
-PS: Final = ("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "KV CACHE", "RESTARTS", "USED")
+PS: Final = ("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
 PS_WIDE: Final = (*PS, *("ACTIVE", "SIZE", "PRIORITY", "GROUP", "PID", "LOADED"))
 # The most telling ones come first: a narrow terminal has no room for the last.
 
