@@ -14,6 +14,7 @@ import structlog
 
 from paddock_server.manager.admission import Cost
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
+from paddock_server.manager.replicas import shown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,12 +157,12 @@ class ManagerLoop:
             case EvictAsked():
                 log.info(
                     "eviction_asked",
-                    model=order.model,
+                    model=shown_name(order.model),
                     when_drained=order.message.when_drained,
-                    waiting=self._residency.waiting,
+                    waiting=[shown_name(one) for one in self._residency.waiting],
                 )
             case EvictionRelented():
-                log.info("eviction_relented", model=order.model)
+                log.info("eviction_relented", model=shown_name(order.model))
             case _:
                 pass
         peer.tell(order.message)

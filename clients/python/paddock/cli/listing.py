@@ -27,12 +27,18 @@ def _of_info(text: Callable[[ModelInfo], str]) -> Cell:
     return lambda model, now: text(model.info) or NONE if model.info else NONE
 
 
-def _of_worker(text: Callable[[WorkerInfo], str]) -> Cell:
-    return lambda model, now: text(model.worker) if model.worker else NONE
+def _of_workers(text: Callable[[Sequence[WorkerInfo]], str]) -> Cell:
+    return lambda model, now: text(model.workers) if model.workers else NONE
 
 
-def _kv_cache(worker: WorkerInfo) -> str:
-    used, total = worker.kv_cache_used_tokens, worker.kv_cache_total_tokens
+def _sum(number: Callable[[WorkerInfo], int], text: Callable[[int], str] = str) -> Cell:
+    """Return the cell of a number that the replicas of a model have together."""
+    return _of_workers(lambda workers: text(sum(number(worker) for worker in workers)))
+
+
+def _kv_cache(workers: Sequence[WorkerInfo]) -> str:
+    used = sum(worker.kv_cache_used_tokens for worker in workers)
+    total = sum(worker.kv_cache_total_tokens for worker in workers)
     return f"{used} of {total}" if total else NONE
 
 
@@ -46,13 +52,13 @@ COLUMNS: Final[Mapping[str, Cell]] = {
     "MODEL": lambda model, now: model.id,
     "STATE": _state,
     "SIZE": lambda model, now: bytes_text(model.size_bytes),
-    # Resident bytes of the worker process.
-    "MEMORY": _of_worker(lambda worker: bytes_text(worker.resident_bytes)),
-    "ACTIVE": _of_worker(lambda worker: str(worker.active_request_count)),
-    "QUEUED": _of_worker(lambda worker: str(worker.queued_request_count)),
-    "KV CACHE": _of_worker(_kv_cache),
-    "RESTARTS": _of_worker(lambda worker: str(worker.restart_count)),
-    "PID": _of_worker(lambda worker: str(worker.pid)),
+    # Resident bytes of the worker processes.
+    "MEMORY": _sum(lambda worker: worker.resident_bytes, bytes_text),
+    "ACTIVE": _sum(lambda worker: worker.active_request_count),
+    "QUEUED": _sum(lambda worker: worker.queued_request_count),
+    "KV CACHE": _of_workers(_kv_cache),
+    "RESTARTS": _sum(lambda worker: worker.restart_count),
+    "PID": _of_workers(lambda workers: ", ".join(str(worker.pid) for worker in workers)),
     "EXPIRES": lambda model, now: until_text(model.expire_time, now),
     "USED": lambda model, now: ago_text(model.last_use_time, now),
     "LOADED": lambda model, now: ago_text(model.load_time, now),
