@@ -29,7 +29,7 @@ from paddock_server.manager.loop import (
     Leaving,
     Left,
     Looked,
-    ManagerLoop,
+    LoopMessage,
     Slept,
     Stayed,
 )
@@ -62,9 +62,6 @@ _STAGES: Final = {
 class Home(Protocol):
     """What an actor belongs to: one model, of which it is one replica."""
 
-    replica: str
-    """Id of the replica, by which the manager loop knows it."""
-
     number: int
     """Number of the replica, from 0."""
 
@@ -85,17 +82,25 @@ class Home(Protocol):
         ...
 
 
+class Loop(Protocol):
+    """What an actor needs of the manager loop."""
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into its inbox."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What actors work with. Shared by all of them."""
+    """What an actor works with."""
 
     launcher: WorkerLauncher
     config: ManagerConfig
     limits: Limits
     admission: Admission
-    loop: ManagerLoop
-    held: Callable[[str], Holding | None]
-    """What a replica holds of the memory, by the books of the manager loop."""
+    loop: Loop
+    held: Callable[[], Holding | None]
+    """What it holds of the memory, by the books of the manager loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,7 +200,7 @@ class Actor:
 
     def snapshot(self) -> model_pb2.Model:
         """Return the model as the world would see it now if this replica were all of it."""
-        held = self._tools.held(self._home.replica)
+        held = self._tools.held()
         return model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
 
     def _clocks(self) -> Clocks:
@@ -231,7 +236,7 @@ class Actor:
         if self._run is not None:
             self._run.stop(failure.reason)
             self._run = None
-        self._tools.loop.tell(Left(self._home.replica, self.state.ticket))
+        self._tools.loop.tell(Left(self.state.model, self.state.ticket))
         if failure.reason == Reason.INTERNAL:
             self.state = replace(self.state, phase=Phase.FAILED, failure=failure)
             self._home.show()
@@ -383,7 +388,7 @@ class Actor:
 
     def _carry_out(self, effect: m.Effect) -> None:
         tools = self._tools
-        replica = self._home.replica
+        model = self.state.model
         match effect:
             case m.Enter():
                 self._enter(effect)
@@ -397,7 +402,7 @@ class Actor:
                 if self._run is not None:
                     self._run.sleep()
             case m.Asleep():
-                tools.loop.tell(Slept(replica, effect.ticket, self._resident_bytes()))
+                tools.loop.tell(Slept(model, effect.ticket, self._resident_bytes()))
             case m.AnswerSleep():
                 self._answer_sleep(effect)
             case m.StopWorker():
@@ -415,11 +420,11 @@ class Actor:
             case m.ClearTimers():
                 self._clear_timers(effect)
             case m.Releasing():
-                tools.loop.tell(Leaving(replica, effect.ticket))
+                tools.loop.tell(Leaving(model, effect.ticket))
             case m.Leave():
-                tools.loop.tell(Left(replica, effect.ticket))
+                tools.loop.tell(Left(model, effect.ticket))
             case m.EvictionRefused():
-                tools.loop.tell(Stayed(replica, effect.ticket))
+                tools.loop.tell(Stayed(model, effect.ticket))
             case m.LookAgain():
                 tools.loop.tell(Looked())
             case m.Remember():
@@ -445,10 +450,10 @@ class Actor:
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
         cost = self._tools.admission.predicted(self.entry, effect.options, self.state.terms)
-        self._tools.loop.tell(Entered(self._home.replica, effect.ticket, cost))
+        self._tools.loop.tell(Entered(self.state.model, effect.ticket, cost))
 
     def _commit(self, effect: m.Commit) -> None:
-        self._tools.loop.tell(Committed(self._home.replica, effect.ticket, self._resident_bytes()))
+        self._tools.loop.tell(Committed(self.state.model, effect.ticket, self._resident_bytes()))
 
     def _resident_bytes(self) -> int:
         worker = self.worker

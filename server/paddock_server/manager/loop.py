@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
@@ -96,6 +96,19 @@ class Looked:
 
 
 LoopMessage: TypeAlias = Entered | Committed | Slept | Leaving | Left | Stayed | Looked
+
+
+class ReplicaLoop:
+    """The manager loop as one replica tells it things: under the id of the replica, not of its model."""
+
+    def __init__(self, loop: ManagerLoop, replica: str) -> None:
+        self._loop = loop
+        self._replica = replica
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into the inbox."""
+        named = message if isinstance(message, Looked) else replace(message, model=self._replica)
+        self._loop.tell(named)
 
 
 class ManagerLoop:

@@ -20,7 +20,7 @@ from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.hub import HubModels, HubTools
-from paddock_server.manager.loop import ManagerLoop
+from paddock_server.manager.loop import ManagerLoop, ReplicaLoop
 from paddock_server.manager.messages import (
     Conflict,
     FileFound,
@@ -117,16 +117,19 @@ class ModelManager:
             restart=config.restart,
             load_restart=config.load_restart,
         )
-        tools = Tools(
-            launcher=launcher,
-            config=config,
-            limits=limits,
-            admission=admission,
-            loop=self._loop,
-            held=residency.held.get,
-        )
+
+        def tools_of(replica: str) -> Tools:
+            return Tools(
+                launcher=launcher,
+                config=config,
+                limits=limits,
+                admission=admission,
+                loop=ReplicaLoop(self._loop, replica),
+                held=lambda: residency.held.get(replica),
+            )
+
         self._set_tools = SetTools(
-            actors=tools,
+            tools_of=tools_of,
             changes=self._changes,
             new_state=self._new_state,
             started=self._started,

@@ -137,7 +137,7 @@ class Wish:
         """Return the names of the options that were set and that a load does not have.
 
         `asked` is what the load was started with and `effective` what the worker made of it (a context size
-        of 0 becomes the trained one). Agreeing with either is agreeing. What changes in place never conflicts.
+        of 0 becomes the trained one). Agreeing with either is agreeing. What needs no other load is left out.
         """
         return tuple(
             name

@@ -61,7 +61,9 @@ if TYPE_CHECKING:
 class SetTools:
     """What a set works with. Shared by all of them."""
 
-    actors: Tools
+    tools_of: Callable[[str], Tools]
+    """Makes the tools of a replica's actor, by the id of the replica."""
+
     changes: ChangeLog
     new_state: Callable[[CatalogEntry], ActorState]
     """Makes the state of a new replica."""
@@ -87,7 +89,7 @@ class Home:
 
     def __init__(self, replicas: ReplicaSet, replica: str, number: int) -> None:
         self._replicas = replicas
-        self.replica = replica
+        self._replica = replica
         self.number = number
 
     def show(self) -> None:
@@ -104,7 +106,7 @@ class Home:
 
     def vanished(self) -> None:
         """See `actor.Home`."""
-        self._replicas.forget(self.replica)
+        self._replicas.forget(self._replica)
 
 
 class ReplicaSet:
@@ -214,7 +216,7 @@ class ReplicaSet:
         ids = [replica_id(self.model, number) for number in range(len(self._actors) + 1)]
         number, replica = next(item for item in enumerate(ids) if item[1] not in self._actors)
         home = Home(self, replica, number)
-        actor = Actor(entry, self._tools.new_state(entry), self._tools.actors, home, self.log_ring)
+        actor = Actor(entry, self._tools.new_state(entry), self._tools.tools_of(replica), home, self.log_ring)
         self._actors[replica] = actor
         self._tools.started(replica, actor)
         return actor
