@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test test-slow check lint types imports protos fmt gen gen-check lock bench clean
+.PHONY: help setup tools run test test-slow machine check lint types imports protos fmt gen gen-check lock bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: setup tools check ## Everything CI checks: lint, types, imports, protos, a
 
 test-slow: setup tools ## The tests that take long.
 	@$(WITH_TOOLS) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+machine: setup ## The manager's rules under a million random steps of callers, workers and the clock.
+	@PADDOCK_MACHINE_EXAMPLES=$${PADDOCK_MACHINE_EXAMPLES:-20000} $(BIN)/python -m pytest --timeout=0 \
+		tests/unit/test_manager_machine.py
 
 check: lint types imports protos ## Every check but the tests.
 

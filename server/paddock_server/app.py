@@ -14,7 +14,8 @@ from paddock.api import ModelManagerApi
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError
 from paddock_server.logs import configure_logging
-from paddock_server.manager import ManagerConfig, ModelManager
+from paddock_server.manager import ManagerConfig, MemoryAdmission, MemoryPredictor, ModelManager
+from paddock_server.memory import MachineWatch
 from paddock_server.reloading import follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paddock_server.config import ServerConfig
+    from paddock_server.memory import Machine
     from paddock_server.supervisor import Launcher
 
     Attach = Callable[[ModelManagerApi], AbstractAsyncContextManager[object]]
@@ -67,6 +69,7 @@ async def serving(
         StartError: an address is taken, a model directory cannot be read, or a configuration file does not
             validate.
     """
+    looking = asyncio.create_task(MachineWatch().look(), name="look-at-machine")
     try:
         catalog = await asyncio.to_thread(
             Catalog,
@@ -76,9 +79,16 @@ async def serving(
             hub_cache=config.hub_cache,
         )
     except (CatalogError, InvalidConfigError) as error:
+        looking.cancel()
         raise StartError(str(error)) from error
+    machine = await looking
+    budget = memory_budget(machine, config)
     manager = ModelManager(
-        catalog=catalog, launcher=launcher or LocalLauncher(), config=_manager_config(config)
+        catalog=catalog,
+        launcher=launcher or LocalLauncher(),
+        config=_manager_config(config),
+        admission=MemoryAdmission(config.models_max, budget),
+        predictor=MemoryPredictor(machine.placement, budget),
     )
     service = ModelManagerService(manager, version=version("paddock"))
     try:
@@ -155,6 +165,17 @@ def run(
 
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(run_server(config, attach=attach, ready=started))
+
+
+def memory_budget(machine: Machine, config: ServerConfig) -> dict[str, int]:
+    """Return the bytes models may take, by device: as configured, else what is free now, less the margin."""
+    budget = {device.name: int(device.free_bytes * (1 - config.memory_margin)) for device in machine.devices}
+    unknown = sorted(config.memory_budget.keys() - budget.keys())
+    if unknown:
+        log.warning("memory_budget_of_unknown_devices", devices=unknown, known=sorted(budget))
+    budget |= config.memory_budget
+    log.info("memory_budget", **budget)
+    return budget
 
 
 def _manager_config(config: ServerConfig) -> ManagerConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -17,9 +19,6 @@ from pydantic_settings import (
 
 from paddock_server.catalog.configured.toml_file import MODEL_TABLES
 from paddock_server.catalog.configured.toml_lines import key_lines
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 ENV_PREFIX = "PADDOCK_"
 
@@ -81,6 +80,13 @@ class ServerConfig(BaseSettings):
 
     models_max: int = Field(4, ge=0)
     """Most models loaded at once; 0 is no limit."""
+
+    memory_budget: Annotated[Mapping[str, int], NoDecode] = Field(default_factory=dict[str, int])
+    """Bytes that models may take, by device: `RAM=24GiB,CUDA0=20GiB`. A device that is not named has what is
+    free of it when the server starts, less `memory_margin`."""
+
+    memory_margin: float = Field(0.1, ge=0, lt=1)
+    """Part of the free memory of each device that is left alone."""
 
     models_autoload: bool = True
     """Whether a request for a model that is not loaded loads it."""
@@ -171,6 +177,11 @@ class ServerConfig(BaseSettings):
             return tuple(part for part in value.split(os.pathsep) if part)
         return value
 
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _read_budget(cls, value: Any) -> Any:
+        return parsed_budget(value) if isinstance(value, str) else value
+
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_cors_origins(cls, value: Any) -> Any:
@@ -242,6 +253,29 @@ class _TomlSettings(TomlConfigSettingsSource):
     def __call__(self) -> dict[str, Any]:
         """Return the settings by name."""
         return {name: value for name, value in super().__call__().items() if name not in MODEL_TABLES}
+
+
+def parsed_budget(text: str) -> dict[str, int]:
+    """Read `DEVICE=SIZE,...`, sizes in bytes or with a unit. Raises ValueError."""
+    budget: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        device, _, size = part.partition("=")
+        match = _SIZE.fullmatch(size.strip())
+        if not device.strip() or match is None:
+            message = f"{part!r} is not DEVICE=SIZE, such as RAM=24GiB"
+            raise ValueError(message)
+        budget[device.strip()] = int(float(match["number"]) * _UNITS[match["unit"].lower()])
+    return budget
+
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>|[kmgt]i?b?|b)", re.IGNORECASE)
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}{rest}": 1024**power for power, letter in enumerate("kmgt", 1) for rest in ("", "i", "ib")},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+"""As in GiB and GB; a letter alone is the binary unit."""
 
 
 def _describe(error: ValidationError, flags: Mapping[str, object], file: Path | None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import RAM, Footprint, MemoryAdmission
+from paddock_server.manager.admission import Footprint, MemoryAdmission
 from paddock_server.manager.failure import Failure, model_not_found
 from paddock_server.manager.loop import (
     Committed,
@@ -29,6 +29,7 @@ from paddock_server.manager.options import Options, Terms, Wish
 from paddock_server.manager.residency import Look, Residency
 from paddock_server.manager.state import COMING_UP, GOING_DOWN, ActorState, Cause, Limits, Phase
 from paddock_server.manager.transitions import step
+from paddock_server.memory import RAM
 
 DEFAULTS = Options(
     context_size_tokens=2048, gpu_layer_count=-1, slot_count=4, thread_count=0, batch_size_tokens=512

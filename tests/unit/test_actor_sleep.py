@@ -8,9 +8,10 @@ import pytest
 
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import RAM, device_bytes
+from paddock_server.manager.admission import device_bytes
 from paddock_server.manager.options import Wish
 from paddock_server.manager.state import Phase
+from paddock_server.memory import RAM
 from tests.unit.manager_world import ASLEEP_SIZE, LIMITS, NO_WISH, PATIENCE, Worker, World
 
 SLEEPY = Wish({}, {"sleep_timeout_seconds": 10.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
@@ -10,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from paddock.errors import Reason
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import RAM, Footprint, device_bytes
+from paddock_server.manager.admission import Footprint, device_bytes
 from paddock_server.manager.options import Wish
 from paddock_server.manager.state import Phase
+from paddock_server.memory import RAM
 from tests.unit.manager_world import DEFAULTS, NO_WISH, Worker, World
 
 NAMES = ("a", "b", "c")
@@ -208,8 +210,11 @@ class ManagerMachine(RuleBasedStateMachine):
         assert not world.residency.waiting
 
 
+EXAMPLES = int(os.environ.get("PADDOCK_MACHINE_EXAMPLES", "200"))
+"""Of 50 steps each at most, 10,000 together. `make machine` runs a hundred times as many."""
+
 ManagerMachine.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=EXAMPLES,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

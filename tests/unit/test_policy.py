@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddock_server.manager.admission import RAM, Footprint, MemoryAdmission, device_bytes
+from paddock_server.manager.admission import Footprint, MemoryAdmission, device_bytes
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, eviction_costs, plan
+from paddock_server.memory import RAM
 
 PATIENCE = 10.0
 NOW = 100.0

@@ -65,7 +65,6 @@ def test_a_chain_of_beginnings_that_is_too_deep_is_refused_in_any_order(*, rever
         levels('"(" > ")" | "[" > "]"'),
         "root ::= " + "|".join(['"a"'] * (MOST_BEGINNINGS // 2)),
         "root ::= [a-z]+ [ \\t\\n]* # a comment with ( and | and a 'quote\"\n| <think> !<[1]> .",
-        "root ::= root",
         "root ::= ((((",
         'root ::= )))) "',
         "| ? * {9",
@@ -75,6 +74,24 @@ def test_a_chain_of_beginnings_that_is_too_deep_is_refused_in_any_order(*, rever
 )
 def test_a_sensible_grammar_and_what_is_none_are_left_to_llama_cpp(grammar: str) -> None:
     check_beginnings(grammar, "grammar")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= root",
+        'root ::= root "a" | "b"',
+        'root ::= e root "x" | "y"\ne ::= f\nf ::= | "c"',
+        'root ::= "a"? root | "b"',
+        'root ::= "" root | "b"',
+        'root ::= a "x"\na ::= ("b" | )* c\nc ::= "d"* a | "e"',
+    ],
+)
+def test_a_rule_that_begins_with_itself_is_refused_however_it_comes_back(grammar: str) -> None:
+    with pytest.raises(WorkerError, match="begins with itself") as caught:
+        check_beginnings(grammar, "constraint.grammar")
+
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_GRAMMAR, "constraint.grammar")
 
 
 def test_schemas_of_a_few_hundred_optional_properties_and_of_many_values_are_taken() -> None:

@@ -4,6 +4,7 @@ manager      what the RPCs call; finds the actor and awaits its answer
 actor        one task per model, the only writer of its state; carries out what was decided
 transitions  the state machine of a model, pure; asking and turn are its parts
 loop         one task for admission, eviction and the queue for room
+prediction   what a load will take, before it has begun
 residency    its books; policy its decision, pure; admission the budget behind it
 run          one worker from start to end, in tasks beside the actor
 progress     a load as its callers see it; events the watch over all models
@@ -17,6 +18,7 @@ from paddock_server.manager.admission import Admission, MemoryAdmission
 from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.manager import ModelManager
+from paddock_server.manager.prediction import MemoryPredictor
 from paddock_server.manager.run import LiveWorker, WorkerLauncher
 from paddock_server.manager.snapshot import Listing
 
@@ -27,6 +29,7 @@ __all__ = [
     "LiveWorker",
     "ManagerConfig",
     "MemoryAdmission",
+    "MemoryPredictor",
     "ModelManager",
     "WorkerLauncher",
 ]

@@ -34,6 +34,7 @@ from paddock_server.manager.loop import (
     Stayed,
 )
 from paddock_server.manager.options import Options, load_frame
+from paddock_server.manager.prediction import Prediction, Predictor
 from paddock_server.manager.progress import LoadView, Subscription
 from paddock_server.manager.residency import Holding, Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
@@ -98,6 +99,7 @@ class Tools:
     config: ManagerConfig
     limits: Limits
     admission: Admission
+    predictor: Predictor
     loop: Loop
     held: Callable[[], Holding | None]
     """What it holds of the memory, by the books of the manager loop."""
@@ -155,6 +157,9 @@ class Actor:
         self._last_use = 0.0
         self._load_seconds = 0.0
         self._unread_requests = 0
+        self._predicting: asyncio.Task[Prediction] | None = None
+        self._prediction: Prediction | None = None
+        """Of the stay in memory under way, or the latest."""
         self._ended = False
         self.closed = asyncio.Event()
         """Set when the actor has nothing left to do before the server stops."""
@@ -426,6 +431,8 @@ class Actor:
             case m.EvictionRefused():
                 tools.loop.tell(Stayed(model, effect.ticket))
             case m.LookAgain():
+                if self.state.phase is Phase.READY:
+                    self._commit(m.Commit(self.state.stay))
                 tools.loop.tell(Looked())
             case m.Remember():
                 self._home.remember(effect.options)
@@ -449,11 +456,28 @@ class Actor:
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
-        cost = self._tools.admission.predicted(self.entry, effect.options, self.state.terms)
-        self._tools.loop.tell(Entered(self.state.model, effect.ticket, cost))
+        work = asyncio.to_thread(self._tools.predictor.predict, self.entry, effect.options)
+        task = self._predicting = asyncio.create_task(work, name=f"predict-{self.state.load_id}")
+        task.add_done_callback(lambda done: self._on_predicted(effect.ticket, done))
+
+    def _on_predicted(self, ticket: int, task: asyncio.Task[Prediction]) -> None:
+        """Queue for room, unless the load has been called off since."""
+        if task.cancelled() or self.state.phase is not Phase.ADMITTING or self.state.ticket != ticket:
+            return
+        error = task.exception()
+        if error is not None:
+            log.error("prediction_bug", model=self.state.model, exc_info=error)
+            self.tell(m.AdmissionRefused(ticket, failures.internal(self.state.model)))
+            return
+        self._prediction = task.result()
+        cost = self._tools.admission.predicted(self._prediction.device_bytes, self.state.terms)
+        self._tools.loop.tell(Entered(self.state.model, ticket, cost))
 
     def _commit(self, effect: m.Commit) -> None:
-        self._tools.loop.tell(Committed(self.state.model, effect.ticket, self._resident_bytes()))
+        resident_bytes = self._resident_bytes()
+        self._tools.loop.tell(Committed(self.state.model, effect.ticket, resident_bytes))
+        if self._prediction is not None:
+            self._tools.predictor.learn(self.entry, self._prediction.options, resident_bytes)
 
     def _resident_bytes(self) -> int:
         worker = self.worker
@@ -476,11 +500,12 @@ class Actor:
 
     def _run_plan(self, load_number: int, options: Options) -> RunPlan:
         config = self._tools.config
+        sized = self._prediction.options if self._prediction is not None else options
         return RunPlan(
             load_number=load_number,
             spec=WorkerSpec(self.state.model, self.state.load_id_of(load_number), self.log_ring),
-            frame=load_frame(str(self.entry.path), options, config),
-            options=options,
+            frame=load_frame(str(self.entry.path), sized, config),
+            options=sized,
             size_bytes=self.entry.size_bytes,
             stop_grace_seconds=config.stop_grace_seconds,
         )

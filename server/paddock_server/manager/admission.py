@@ -10,25 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from paddock_server.memory import RAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from paddock_server.catalog import CatalogEntry
-    from paddock_server.manager.options import Options, Terms
+    from paddock_server.manager.options import Terms
 
 Cost: TypeAlias = Hashable
-
-RAM: Final = "RAM"
-"""Name of the main memory among the devices."""
 
 
 class Admission(Protocol):
     """A budget. Does not remember what is held: it is told every time."""
 
-    def predicted(self, entry: CatalogEntry, options: Options, terms: Terms) -> Cost:
-        """Return what loading a model will take."""
+    def predicted(self, device_bytes: Mapping[str, int], terms: Terms) -> Cost:
+        """Return the cost of a load that is going to take so much of each device."""
         ...
 
     def measured(self, held: Cost, resident_bytes: int) -> Cost:
@@ -63,9 +59,8 @@ class Footprint:
     group: str = ""
     """Exclusive group: only one of its models is there at a time. Empty: none."""
 
-
-Predictor: TypeAlias = "Callable[[CatalogEntry, Options], Mapping[str, int]]"
-"""Gives the bytes a load will take, by device."""
+    is_measured: bool = False
+    """Whether its main memory has been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +73,18 @@ class MemoryAdmission:
     budget: Mapping[str, int] = field(default_factory=dict[str, int])
     """Bytes by device. A device that is not named has no limit."""
 
-    predictor: Predictor | None = None
-    """None predicts nothing: models are limited by their number alone."""
-
-    def predicted(self, entry: CatalogEntry, options: Options, terms: Terms) -> Cost:
-        """Return what loading a model will take."""
-        if self.predictor is None:
-            return Footprint(group=terms.group)
-        return Footprint(tuple(sorted(self.predictor(entry, options).items())), group=terms.group)
+    def predicted(self, device_bytes: Mapping[str, int], terms: Terms) -> Cost:
+        """Return the cost of a load that is going to take so much of each device."""
+        return Footprint(tuple(sorted(device_bytes.items())), group=terms.group)
 
     def measured(self, held: Cost, resident_bytes: int) -> Cost:
-        """Put what is measured of the main memory in the place of what was predicted of it."""
-        return self._with_ram(_footprint(held), resident_bytes)
+        """Put what is measured of the main memory in the place of what was predicted of it.
+
+        The most that was measured counts: what a worker has not touched yet it may touch again.
+        """
+        footprint = _footprint(held)
+        known = dict(footprint.device_bytes).get(RAM, 0) if footprint.is_measured else 0
+        return replace(self._with_ram(footprint, max(known, resident_bytes)), is_measured=True)
 
     def asleep(self, held: Cost, resident_bytes: int) -> Cost:
         """Keep what the process still takes of the main memory; of the rest, and of its group, nothing."""

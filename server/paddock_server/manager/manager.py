@@ -29,6 +29,7 @@ from paddock_server.manager.messages import (
     TermsSet,
 )
 from paddock_server.manager.options import Wish, default_options, terms_of, wish_of
+from paddock_server.manager.prediction import NoPrediction
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.replica_set import ReplicaSet, SetTools, nobody
 from paddock_server.manager.replicas import shown_name
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from paddock_server.manager.config import ManagerConfig
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.options import Options
+    from paddock_server.manager.prediction import Predictor
     from paddock_server.manager.run import WorkerLauncher
     from paddock_server.manager.sources import ModelCatalog
     from paddock_server.supervisor import LogRing
@@ -85,9 +87,11 @@ class ModelManager:
         launcher: WorkerLauncher,
         config: ManagerConfig,
         admission: Admission | None = None,
+        predictor: Predictor | None = None,
         fetchers: FetcherLauncher | None = None,
     ) -> None:
-        """`admission` is by default the plain limit of `config.models_max`, `fetchers` real processes."""
+        """`admission` is by default the plain limit of `config.models_max`; without a `predictor` nothing is
+        predicted; `fetchers` are real processes."""
         self.instance_id = secrets.token_hex(8)
         """New for every server: revisions and load ids of different ones are not comparable."""
 
@@ -118,12 +122,15 @@ class ModelManager:
             load_restart=config.load_restart,
         )
 
+        predicts = predictor or NoPrediction()
+
         def tools_of(replica: str) -> Tools:
             return Tools(
                 launcher=launcher,
                 config=config,
                 limits=limits,
                 admission=admission,
+                predictor=predicts,
                 loop=ReplicaLoop(self._loop, replica),
                 held=lambda: residency.held.get(replica),
             )

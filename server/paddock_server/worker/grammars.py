@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from paddock_server.worker.errors import reject
+from paddock_server.worker.errors import Reason, WorkerError, reject
 
 MOST_BEGINNINGS: Final = 100_000
 """More than a list of alternates has in the longest text, and thousands of times what grammars of languages
@@ -51,7 +51,8 @@ def check_beginnings(text: str, field: str) -> None:
     What is no grammar is let through: llama.cpp says what is wrong with it.
 
     Raises:
-        WorkerError: INVALID_FIELD, naming the field.
+        WorkerError: INVALID_FIELD, naming the field; INVALID_GRAMMAR for a rule that begins with itself,
+            which llama.cpp follows for ever where it does not see it.
     """
     rules = _read_rules(text)
     counter = _Counter(rules, field)
@@ -113,13 +114,22 @@ class _Counter:
         self._rules = rules
         self._field = field
         self._known: dict[str, _Beginnings] = {}
+        self._open: set[str] = set()
 
     def count(self, rule: str, chain: int = 1) -> _Beginnings:
         """Return how a rule can begin. Raises `WorkerError` when that is too much."""
         if rule in self._known:
             return self._known[rule]
         self._check_depth(chain)
-        self._known[rule] = _Beginnings()  # for a rule that begins with itself, which llama.cpp refuses
+        if rule in self._open:
+            raise WorkerError(
+                Reason.INVALID_GRAMMAR,
+                f"{self._field}: has a rule that begins with itself, or with what may be empty and then "
+                "itself; have it begin with something else",
+                field=self._field,
+                metadata={"field": self._field},
+            )
+        self._open.add(rule)
         ways, depth, may_be_empty = 0, 0, False
         for sequence in self._rules[rule]:
             ways += 1
@@ -140,6 +150,7 @@ class _Counter:
                 f"has a rule that can begin in more than {MOST_BEGINNINGS} ways; "
                 "alternates that begin alike should begin with one rule that they share",
             )
+        self._open.remove(rule)
         self._known[rule] = _Beginnings(ways, depth + 1, may_be_empty)
         return self._known[rule]
 

@@ -96,6 +96,16 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "total_queue_limit": Annotated[
         int | None, typer.Option(help="Requests that may wait for models to be loaded, over all models.")
     ],
+    "memory_budget": Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE=SIZE,...",
+            help="Memory models may take, such as RAM=24GiB; else what is free, less the margin.",
+        ),
+    ],
+    "memory_margin": Annotated[
+        float | None, typer.Option(help="Part of the free memory of each device to leave alone; 0.1.")
+    ],
     "drain_seconds": Annotated[
         float | None, typer.Option(help="How long running requests may go on at the end.")
     ],

@@ -1,0 +1,101 @@
+"""What a load will take of the memory, before it has begun: the estimate from the header, corrected by what
+was measured of the same files with the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from paddock_server.manager.options import Options
+from paddock_server.memory import RAM, LoadOptions, Placement, Shape, chosen, estimate, model_shape
+
+if TYPE_CHECKING:
+    from paddock_server.catalog import CatalogEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a load will take, and the options it is to be started with."""
+
+    device_bytes: Mapping[str, int]
+    options: Options
+    """A context left open is replaced by the largest that fits, sequences by as many as then do."""
+
+
+class Predictor(Protocol):
+    """Says what loads take. Slow: called in threads."""
+
+    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
+        """Return what a load takes."""
+        ...
+
+    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
+        """Take note of the main memory that a load took."""
+        ...
+
+
+class NoPrediction:
+    """Predicts nothing: models are limited by their number alone."""
+
+    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
+        """Return an empty prediction."""
+        del entry
+        return Prediction({}, options)
+
+    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
+        """Learn nothing."""
+        del entry, options, resident_bytes
+
+
+class MemoryPredictor:
+    """Predicts by the rules of `paddock_server.memory`."""
+
+    def __init__(self, placement: Placement, budget: Mapping[str, int]) -> None:
+        """Take how models are placed on this machine, and the bytes there are by device."""
+        self._placement = placement
+        self._budget = budget
+        self._measured: dict[tuple[object, ...], int] = {}
+
+    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
+        """Return what a load takes."""
+        if entry.facts is None:  # Its problem has been told before.
+            return Prediction({}, options)
+        shape = shape_of(entry)
+        taken = chosen(shape, load_options(options), self._placement, self._budget)
+        sized = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
+        sizes = estimate(shape, taken, self._placement).totals
+        known = self._measured.get(_key(entry, sized))
+        return Prediction(sizes if known is None else {**sizes, RAM: known}, sized)
+
+    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
+        """Take note of the main memory that a load took; the most there was counts."""
+        key = _key(entry, options)
+        self._measured[key] = max(resident_bytes, self._measured.get(key, 0))
+
+
+def load_options(options: Options) -> LoadOptions:
+    """Return the options of a load that decide about memory."""
+    return LoadOptions(
+        context_size_tokens=options.context_size_tokens,
+        slot_count=options.slot_count,
+        batch_size_tokens=options.batch_size_tokens,
+        gpu_layer_count=options.gpu_layer_count,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
+    )
+
+
+def shape_of(entry: CatalogEntry) -> Shape:
+    """Return the shape of a model that has no problem; looks up the size of the projector beside it."""
+    if entry.facts is None:
+        message = f"{entry.id!r} has no facts, and no problem either"
+        raise ValueError(message)
+    projector = 0
+    if entry.mmproj_path is not None and entry.mmproj_path.exists():
+        projector = entry.mmproj_path.stat().st_size
+    return model_shape(entry.facts, projector_bytes=projector)
+
+
+def _key(entry: CatalogEntry, options: Options) -> tuple[object, ...]:
+    return (entry.path, entry.size_bytes, entry.modified_ns, load_options(options))

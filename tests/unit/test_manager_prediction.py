@@ -1,0 +1,80 @@
+"""What loads are predicted to take, and what a load learns from the one before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from paddock_server.catalog import Catalog
+from paddock_server.config import ConfigError, ServerConfig
+from paddock_server.manager import ManagerConfig, MemoryPredictor
+from paddock_server.manager.options import default_options
+from paddock_server.memory import RAM, Placement
+from tests.models import make_noise
+
+if TYPE_CHECKING:
+    from paddock_server.catalog import CatalogEntry
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory: pytest.TempPathFactory) -> CatalogEntry:
+    directory = tmp_path_factory.mktemp("models")
+    make_noise(directory / "noise.gguf")
+    return Catalog([directory]).scan()["noise"]
+
+
+def predictor(budget: int) -> MemoryPredictor:
+    return MemoryPredictor(Placement(), {RAM: budget})
+
+
+def test_a_longer_context_is_predicted_to_take_more(entry: CatalogEntry) -> None:
+    options = replace(default_options(ManagerConfig(), entry.facts), context_size_tokens=1024)
+    short = predictor(1 << 40).predict(entry, options)
+    long = predictor(1 << 40).predict(entry, replace(options, context_size_tokens=8192))
+    assert entry.size_bytes < short.device_bytes[RAM] < long.device_bytes[RAM]
+    assert short.options == options
+
+
+def test_a_context_left_open_becomes_the_largest_that_fits(entry: CatalogEntry) -> None:
+    options = replace(default_options(ManagerConfig(), entry.facts), context_size_tokens=0)
+    everything = predictor(1 << 40).predict(entry, options)
+    assert entry.facts is not None
+    assert everything.options.context_size_tokens == entry.facts.trained_context_tokens
+    little = everything.device_bytes[RAM] - 256 * 1024
+    tight = predictor(little).predict(entry, options)
+    assert 0 < tight.options.context_size_tokens < everything.options.context_size_tokens
+    assert tight.device_bytes[RAM] <= little
+
+
+def test_what_was_measured_takes_the_place_of_the_prediction_for_the_same_load(entry: CatalogEntry) -> None:
+    options = default_options(ManagerConfig(), entry.facts)
+    one = predictor(1 << 40)
+    one.learn(entry, options, 77 * MIB)
+    one.learn(entry, options, 70 * MIB)
+    assert one.predict(entry, options).device_bytes == {RAM: 77 * MIB}
+    assert one.predict(entry, replace(options, slot_count=9)).device_bytes != {RAM: 77 * MIB}
+    assert one.predict(replace(entry, modified_ns=0), options).device_bytes != {RAM: 77 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("RAM=1024", {"RAM": 1024}),
+        ("RAM=2GiB", {"RAM": 2 << 30}),
+        ("RAM=2gb, CUDA0=1.5k", {"RAM": 2_000_000_000, "CUDA0": 1536}),
+        ("RAM=3T", {"RAM": 3 << 40}),
+        ("", {}),
+    ],
+)
+def test_a_budget_is_read_by_device_and_unit(text: str, budget: dict[str, int]) -> None:
+    assert dict(ServerConfig.load({"memory_budget": text}).memory_budget) == budget
+
+
+@pytest.mark.parametrize("text", ["RAM", "RAM=", "=5", "RAM=five", "RAM=-1", "RAM=1 PiB"])
+def test_a_budget_that_cannot_be_read_is_refused_with_what_would_be_right(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--memory-budget .*RAM=24GiB"):
+        ServerConfig.load({"memory_budget": text})
