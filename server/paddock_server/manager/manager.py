@@ -38,6 +38,7 @@ from paddock_server.manager.snapshot import Listing, logs_response
 from paddock_server.manager.sources import (
     config_problem,
     entry_problem,
+    first_that_fit,
     other_file,
     reload_error,
     startup_loads,
@@ -214,19 +215,27 @@ class ModelManager:
 
     def _replay(self) -> None:
         """Load again what the operator had loaded, as far as there is room; the latest loads first of all."""
-        present = [model for model in self._desired.loads if model in self._sets]
         missing = [model for model in self._desired.loads if model not in self._sets]
-        kept = present[-self._config.models_max :] if self._config.models_max else present
         if missing:
             log.warning("remembered_models_missing", models=missing)
-        for model in kept:
+        latest_first = dict(reversed(self._remembered().items()))
+        room = self._config.models_max or sum(latest_first.values())
+        for model in reversed(first_that_fit(latest_first, room)):
             log.info("load_replayed", model=model)
             self._sets[model].load(LoadAsked(nobody(), self._desired.loads[model]))
+
+    def _remembered(self) -> dict[str, int]:
+        """Return what the operator had loaded, as far as it is there: how many replicas, by model."""
+        return {
+            model: wish.replica_count or 1
+            for model, wish in self._desired.loads.items()
+            if model in self._sets
+        }
 
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
         entries = [replicas.entry for replicas in self._sets.values()]
-        kept, left_out = startup_loads(entries, self._desired.loads.keys(), self._config.models_max)
+        kept, left_out = startup_loads(entries, self._remembered(), self._config.models_max)
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
