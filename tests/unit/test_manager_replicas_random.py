@@ -71,18 +71,18 @@ class Run:
             case "acquire":
                 self.asking.append(asyncio.create_task(manager.acquire(how[0])))
             case "release" if self.asking:
-                task = self.asking[how[0] % len(self.asking)]
+                task = self.asking[int(how[0]) % len(self.asking)]
                 if task.done() and not task.cancelled() and task.exception() is None:
                     task.result().release()
             case "leave" if self.asking:
-                self.asking[how[0] % len(self.asking)].cancel()
+                self.asking[int(how[0]) % len(self.asking)].cancel()
             case "kill" if workers:
-                worker = workers[how[0] % len(workers)]
+                worker = workers[int(how[0]) % len(workers)]
                 worker.die()
                 if worker.outcome.done() and not worker.outcome.cancelled():
                     worker.outcome.exception()  # Nobody may be left to look at it.
             case "fail" | "ready" if workers:
-                worker = workers[how[0] % len(workers)]
+                worker = workers[int(how[0]) % len(workers)]
                 if worker.frame is not None and not worker.outcome.done():
                     if what == "ready":
                         worker.become_ready()
@@ -101,7 +101,7 @@ class Run:
             case "slow":
                 self.server.launcher.slow = {"a"} if how[0] else set()
             case "turn":
-                for _ in range(how[0]):
+                for _ in range(int(how[0])):
                     await asyncio.sleep(0)
             case _:
                 pass

@@ -64,7 +64,7 @@ GOING = ReplicaView(Phase.STOPPING)
         ([FAILED, AT_REST], Route(1)),
         ([FAILED, FAILED], Route(0)),
         ([serving(9)._replace(retiring=True), RESTARTING], Route(1)),
-        ([serving(0)._replace(retiring=True)], Route(0)),
+        ([serving(1)._replace(retiring=True), serving(0)._replace(retiring=True)], Route(1)),
     ],
 )
 def test_a_request_goes_to_the_least_used_that_serves_else_to_one_that_soonest_will(

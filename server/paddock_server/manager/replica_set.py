@@ -135,11 +135,13 @@ class ReplicaSet:
 
     @property
     def _staying(self) -> list[Actor]:
-        return [actor for actor in self._actors.values() if actor not in self._retiring]
+        """Those that are not one too many; when the others have vanished with the file, all who are left."""
+        staying = [actor for actor in self._actors.values() if actor not in self._retiring]
+        return staying or list(self._actors.values())
 
     @property
     def _first(self) -> Actor:
-        return (self._staying or self.actors)[0]
+        return self._staying[0]
 
     @property
     def entry(self) -> CatalogEntry:
@@ -178,8 +180,8 @@ class ReplicaSet:
 
     def snapshot(self) -> model_pb2.Model:
         """Return the model as the world sees it now."""
-        retiring = [actor for actor in self._actors.values() if actor in self._retiring]
-        return merged([actor.snapshot() for actor in (*self._staying, *retiring)])
+        in_order = sorted(self._actors.values(), key=lambda actor: actor in self._retiring)
+        return merged([actor.snapshot() for actor in in_order])
 
     # What actors tell
 

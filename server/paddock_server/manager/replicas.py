@@ -77,13 +77,10 @@ class Route(NamedTuple):
 def route(replicas: Sequence[ReplicaView], tried: Collection[int] = ()) -> Route:
     """Choose the replica for a request: the least used that serves, else one that will soonest.
 
-    `tried` have refused the request already; there must be another one that is not retiring.
+    `tried` have refused the request already; there must be another one.
     """
-    able = {
-        place: view
-        for place, view in enumerate(replicas)
-        if place not in tried and not (view.retiring and len(replicas) > 1)
-    }
+    left = {place: view for place, view in enumerate(replicas) if place not in tried}
+    able = {place: view for place, view in left.items() if not view.retiring} or left
     spare = tuple(
         place for place, view in able.items() if view.phase in _LOADED_ON_DEMAND and not view.held_off
     )
