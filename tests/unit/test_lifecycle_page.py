@@ -61,7 +61,7 @@ def events() -> Iterator[m.Event]:
         Failure(reason, "it failed")
         for reason in (Reason.WORKER_CRASHED, Reason.MODEL_CORRUPT, Reason.QUEUE_FULL)
     )
-    yield from (m.LoadAsked(1, NO_WISH), m.AcquireAsked(2, autoload=True), m.CallerLeft(9))
+    yield from (m.LoadAsked(1, NO_WISH), m.AcquireAsked(2, autoload=True), m.CallerLeft(9), m.DemandGone())
     yield from (m.LeaseReturned(3), m.SleepAsked(5), m.TermsSet(Terms(pinned=True)), m.TermsSet(Terms()))
     yield from (m.UnloadAsked(4, force=force, drain_seconds=1) for force in (False, True))
     yield from (m.Admitted(ticket) for ticket in (2, 3))

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
 import structlog
 
@@ -22,7 +22,6 @@ from paddock_server.manager import failure as failures
 from paddock_server.manager import messages as m
 from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
-from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.loop import (
     Committed,
@@ -30,7 +29,7 @@ from paddock_server.manager.loop import (
     Leaving,
     Left,
     Looked,
-    ManagerLoop,
+    LoopMessage,
     Slept,
     Stayed,
 )
@@ -39,7 +38,7 @@ from paddock_server.manager.prediction import Prediction, Predictor
 from paddock_server.manager.progress import LoadView, Subscription
 from paddock_server.manager.residency import Holding, Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
-from paddock_server.manager.snapshot import Clocks, Times, model_proto, public_state, visible
+from paddock_server.manager.snapshot import Clocks, Times, model_proto, visible
 from paddock_server.manager.state import ActorState, Limits, Phase
 from paddock_server.manager.transitions import step
 from paddock_server.supervisor import LogRing, WorkerSpec
@@ -61,25 +60,49 @@ _STAGES: Final = {
 }
 
 
+class Home(Protocol):
+    """What an actor belongs to: one model, of which it is one replica."""
+
+    number: int
+    """Number of the replica, from 0."""
+
+    def show(self) -> None:
+        """Tell the watchers: what they see of the replica has changed."""
+        ...
+
+    def stepped(self, old: ActorState, new: ActorState) -> None:
+        """Learn of a step, once it has been carried out."""
+        ...
+
+    def remember(self, options: Options | None) -> None:
+        """Keep an operator's load over a restart, or forget it."""
+        ...
+
+    def vanished(self) -> None:
+        """Learn that the replica is gone for good."""
+        ...
+
+
+class Loop(Protocol):
+    """What an actor needs of the manager loop."""
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into its inbox."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What actors work with. Shared by all of them."""
+    """What an actor works with."""
 
     launcher: WorkerLauncher
     config: ManagerConfig
     limits: Limits
-    changes: ChangeLog
     admission: Admission
-    loop: ManagerLoop
     predictor: Predictor
-    held: Callable[[str], Holding | None]
-    """What a model holds of the memory, by the books of the manager loop."""
-
-    remember: Callable[[str, Options | None], None]
-    """Keeps an operator's load over a restart, or forgets it."""
-
-    vanished: Callable[[str], None]
-    """Called when a model is gone for good."""
+    loop: Loop
+    held: Callable[[], Holding | None]
+    """What it holds of the memory, by the books of the manager loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,13 +134,17 @@ Message: TypeAlias = m.Event | Spawned | Progressed | EntryFound | CatchUp
 
 
 class Actor:
-    """One model. Everyone else tells it things and looks at what it publishes."""
+    """One replica of a model. Everyone else tells it things and looks at what it publishes."""
 
-    def __init__(self, entry: CatalogEntry, state: ActorState, tools: Tools) -> None:
+    def __init__(
+        self, entry: CatalogEntry, state: ActorState, tools: Tools, home: Home, log_ring: LogRing
+    ) -> None:
+        """`log_ring` takes what the workers write."""
         self.entry = entry
         self.state = state
-        self.log_ring = LogRing()
+        self.log_ring = log_ring
         self._tools = tools
+        self._home = home
         self._loop = asyncio.get_running_loop()
         self._shown_entry = entry
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -129,6 +156,7 @@ class Actor:
         self._times = Times()
         self._last_use = 0.0
         self._load_seconds = 0.0
+        self._unread_requests = 0
         self._predicting: asyncio.Task[Prediction] | None = None
         self._prediction: Prediction | None = None
         """Of the stay in memory under way, or the latest."""
@@ -141,7 +169,18 @@ class Actor:
         if self._ended:
             self._turn_away(message, self._end_failure())
         else:
+            self._unread_requests += isinstance(message, m.AcquireAsked)
             self._inbox.put_nowait(message)
+
+    @property
+    def demand(self) -> int:
+        """Requests that use the replica, wait for it, or are in its inbox."""
+        return self.state.leases + len(self.state.waiters) + self._unread_requests
+
+    @property
+    def serves(self) -> bool:
+        """Whether its worker serves, for all that is known; the message about its death may be behind."""
+        return self.state.phase is Phase.READY and self._run is not None and self._run.death is None
 
     @property
     def look(self) -> Look:
@@ -165,8 +204,8 @@ class Actor:
         return self._run.worker if self._run is not None else None
 
     def snapshot(self) -> model_pb2.Model:
-        """Return the model as the world sees it now."""
-        held = self._tools.held(self.state.model)
+        """Return the model as the world would see it now if this replica were all of it."""
+        held = self._tools.held()
         return model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
 
     def _clocks(self) -> Clocks:
@@ -204,8 +243,8 @@ class Actor:
             self._run = None
         self._tools.loop.tell(Left(self.state.model, self.state.ticket))
         if failure.reason == Reason.INTERNAL:
-            old, self.state = self.state, replace(self.state, phase=Phase.FAILED, failure=failure)
-            self._tools.changes.changed(self.snapshot(), public_state(old))
+            self.state = replace(self.state, phase=Phase.FAILED, failure=failure)
+            self._home.show()
         self.closed.set()
 
     def _end_failure(self) -> failures.Failure:
@@ -242,6 +281,7 @@ class Actor:
                 self.entry = message.entry
                 self._advance(message.event)
             case m.AcquireAsked() | m.LoadAsked():
+                self._unread_requests -= isinstance(message, m.AcquireAsked)
                 self._notice_death()
                 self._advance(message)
             case _:
@@ -272,9 +312,10 @@ class Actor:
             self._times = replace(self._times, last_use=time.time())
         if visible(new) != visible(old) or self.entry is not self._shown_entry:
             self._shown_entry = self.entry
-            self._tools.changes.changed(self.snapshot(), public_state(old))
+            self._home.show()
         for effect in effects:
             self._carry_out(effect)
+        self._home.stepped(old, new)
 
     def _on_phase(self, old: ActorState, why: str) -> None:
         new = self.state
@@ -285,6 +326,8 @@ class Actor:
             "to": str(new.phase),
             "why": str(why),
         }
+        if self._home.number:
+            fields["replica"] = str(self._home.number)
         if new.phase in _AFTER_FAILURE and new.failure is not None:
             log.warning("model_state_changed", **fields, failure=new.failure.message)
         else:
@@ -349,8 +392,8 @@ class Actor:
     # Effects
 
     def _carry_out(self, effect: m.Effect) -> None:
-        model = self.state.model
         tools = self._tools
+        model = self.state.model
         match effect:
             case m.Enter():
                 self._enter(effect)
@@ -392,9 +435,9 @@ class Actor:
                     self._commit(m.Commit(self.state.stay))
                 tools.loop.tell(Looked())
             case m.Remember():
-                tools.remember(model, effect.options)
+                self._home.remember(effect.options)
             case m.Vanish():
-                tools.vanished(model)
+                self._home.vanished()
             case m.JoinLoad():
                 self._current_view().attach(_subscription(effect.caller))
             case m.AnswerLoaded():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         AcquireAsked,
         Caller,
         CallerLeft,
+        DemandGone,
         LeaseReturned,
         LoadAsked,
         SleepAsked,
@@ -50,7 +51,7 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
         turn.begin(_wanted(turn, event), "load_asked")
     elif state.phase in COMING_UP:
         if _joins(turn, event, state.options):
-            turn.set(explicit=True)
+            turn.set(explicit=state.explicit or event.explicit)
     elif state.phase is Phase.READY:
         _load_of_ready(turn, event)
     elif state.next_load is None:
@@ -86,20 +87,20 @@ def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
         turn.do(RefuseLoad(event.caller, failures.options_conflict(state.model, fields)))
     else:
         if event.conflict is not Conflict.KEEP:
-            _set_idle_times(turn, event.wish)
-        turn.set(explicit=True)
+            _set_in_place(turn, event.wish)
+        turn.set(explicit=state.explicit or event.explicit)
         remember_load(turn)
         turn.do(AnswerLoaded(event.caller))
 
 
-def _set_idle_times(turn: Turn, wish: Wish) -> None:
+def _set_in_place(turn: Turn, wish: Wish) -> None:
     state = turn.state
-    times = Wish({}, wish.times)
-    if times.filled(state.options) == state.options:
+    change = Wish({}, wish.in_place)
+    if change.filled(state.options) == state.options:
         return
-    turn.set(options=times.filled(state.options))
+    turn.set(options=change.filled(state.options))
     if state.effective is not None:
-        turn.set(effective=times.filled(state.effective))
+        turn.set(effective=change.filled(state.effective))
     if state.leases == 0:
         turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
@@ -108,7 +109,7 @@ def _set_idle_times(turn: Turn, wish: Wish) -> None:
 def follow_defaults(turn: Turn, old: Options, *, other_file: bool) -> None:
     """Bring a model in line with defaults that a reload has changed; what somebody set otherwise stays.
 
-    Only other files or load options cost a load: an idle time-out changes in place.
+    Only other files or load options cost a load: an idle time-out or the number of replicas changes in place.
     """
     state = turn.state
     if state.remembered is not None:
@@ -120,14 +121,14 @@ def follow_defaults(turn: Turn, old: Options, *, other_file: bool) -> None:
         options = state.next_load.options.rebased(old, state.defaults)
         turn.set(next_load=replace(state.next_load, options=options))
     options = state.options.rebased(old, state.defaults)
-    in_place = Wish({}, options.as_wish().times)
+    in_place = Wish({}, options.as_wish().in_place)
     if state.phase in AT_REST or (options == state.options and not other_file):
         return
     if state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
         turn.set(options=options)  # It reads its files and options anew when it wakes.
     elif options == in_place.filled(state.options) and not other_file:
         if state.phase is Phase.READY:
-            _set_idle_times(turn, in_place)
+            _set_in_place(turn, in_place)
         else:
             turn.set(options=options)
     elif state.next_load is None and state.phase is not Phase.STOPPING:
@@ -198,7 +199,14 @@ def caller_left(turn: Turn, event: CallerLeft) -> None:
     if event.caller not in state.waiters:
         return
     turn.set(waiters=tuple(caller for caller in state.waiters if caller != event.caller))
-    if state.phase is Phase.ADMITTING and not turn.state.waiters and not state.explicit:
+    demand_gone(turn)
+
+
+def demand_gone(turn: Turn, event: DemandGone | None = None) -> None:
+    """Give up a place in the queue that nobody waits for."""
+    del event
+    state = turn.state
+    if state.phase is Phase.ADMITTING and not state.waiters and not state.explicit:
         turn.withdraw(Phase.UNLOADED, "nobody_waits")
 
 

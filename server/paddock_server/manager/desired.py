@@ -128,7 +128,7 @@ class DesiredLoads:
 
 
 def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool]) -> bytes:
-    entries = [{"model": model, "options": {**wish.values, **wish.times}} for model, wish in loads.items()]
+    entries = [{"model": model, "options": {**wish.values, **wish.in_place}} for model, wish in loads.items()]
     document = {"version": VERSION, "loads": entries, "pins": dict(pins)}
     return json.dumps(document, indent=1, ensure_ascii=False).encode()
 

@@ -18,11 +18,10 @@ from paddock_server.catalog.hub_names import HUB_PREFIX, NoSuchFileError, choose
 from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.downloads.removal import remove_model
 from paddock_server.manager import failure as failures
-from paddock_server.manager.actor import Actor
 from paddock_server.manager.downloads import Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.progress import Subscription
-from paddock_server.manager.state import Phase
+from paddock_server.manager.replica_set import ReplicaSet
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -33,8 +32,6 @@ log: FilteringBoundLogger = structlog.get_logger()
 
 VANISH_SECONDS: Final = 10.0
 """How long a deleted model may take to leave the list; it takes a moment."""
-
-_AT_REST: Final = frozenset({Phase.UNLOADED, Phase.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,7 @@ class HubTools:
     state_file: Path | None
     """Where unfinished downloads are kept over a restart."""
 
-    actors: Mapping[str, Actor]
+    models: Mapping[str, ReplicaSet]
     changes: ChangeLog
     rescan: Callable[[], Awaitable[None]]
     """Reads the catalog again at once. Raises `CatalogError`."""
@@ -102,7 +99,7 @@ class HubModels:
         if model.startswith(HUB_PREFIX):
             self._required()
             return _ref_of_name(model)
-        job = self._job(model) if source is None and model not in self._tools.actors else None
+        job = self._job(model) if source is None and model not in self._tools.models else None
         return job.ref if job is not None else None
 
     def _is_name_of(self, model: str, ref: HubRef) -> bool:
@@ -116,12 +113,12 @@ class HubModels:
     def find(self, ref: HubRef) -> str | None:
         """Return the id of the model in the cache that a reference means; None when it is not there."""
         files = {
-            actor.entry.hub.file: model
-            for model, actor in self._tools.actors.items()
-            if actor.entry.hub is not None
-            and not actor.state.gone
-            and actor.entry.hub.repo_id == ref.repo_id
-            and actor.entry.hub.is_at(ref.revision)
+            replicas.entry.hub.file: model
+            for model, replicas in self._tools.models.items()
+            if replicas.entry.hub is not None
+            and not replicas.is_gone
+            and replicas.entry.hub.repo_id == ref.repo_id
+            and replicas.entry.hub.is_at(ref.revision)
         }
         try:
             return files[choose_model(files, ref.pattern)]
@@ -130,7 +127,7 @@ class HubModels:
 
     def id_of(self, model: str) -> str:
         """Return the id that a name in a request means; an `hf:` name that is not there stays as it is."""
-        if not model.startswith(HUB_PREFIX) or model in self._tools.actors:
+        if not model.startswith(HUB_PREFIX) or model in self._tools.models:
             return model
         return self.find(_ref_of_name(model)) or model
 
@@ -192,15 +189,15 @@ class HubModels:
                 raise
         finally:
             follower.closed = True
-        actor = self._tools.actors[self._found(ref)]
-        yield pb.DownloadResponse(downloaded=self.completed(actor.snapshot()))
+        replicas = self._tools.models[self._found(ref)]
+        yield pb.DownloadResponse(downloaded=self.completed(replicas.snapshot()))
 
     def _download_ref(self, request: pb.DownloadRequest) -> HubRef:
         if request.HasField("source") and request.source.WhichOneof("source") != "hugging_face":
             field = "source"
             raise InvalidFieldError.of(field, "must hold hugging_face: a local file need not be downloaded")
-        actor = self._tools.actors.get(request.model)
-        if not request.HasField("source") and actor is not None and actor.entry.hub is None:
+        replicas = self._tools.models.get(request.model)
+        if not request.HasField("source") and replicas is not None and replicas.entry.hub is None:
             field = "model"
             raise InvalidFieldError.of(field, f"{request.model!r} is a file in a model directory already")
         ref = self.ref_of(request.model, request.source if request.HasField("source") else None)
@@ -224,9 +221,9 @@ class HubModels:
                 resource=request.model,
             )
         await self._required().halt(job, keep=request.mode == pb.STOP_DOWNLOAD_MODE_PAUSE)
-        actor = self._tools.actors.get(job.id)
-        if actor is not None:
-            return pb.StopDownloadResponse(model=self.completed(actor.snapshot()))
+        replicas = self._tools.models.get(job.id)
+        if replicas is not None:
+            return pb.StopDownloadResponse(model=self.completed(replicas.snapshot()))
         return pb.StopDownloadResponse(model=job.to_model())
 
     def _job(self, name: str) -> Job | None:
@@ -257,10 +254,10 @@ class HubModels:
         await self._rescan()
         resolved = job.resolved
         if resolved is not None and any(
-            actor.entry.hub is not None
-            and (actor.entry.hub.repo_id, actor.entry.hub.commit, actor.entry.hub.file)
+            replicas.entry.hub is not None
+            and (replicas.entry.hub.repo_id, replicas.entry.hub.commit, replicas.entry.hub.file)
             == (job.ref.repo_id, resolved.commit, resolved.file)
-            for actor in self._tools.actors.values()
+            for replicas in self._tools.models.values()
         ):
             return
         file = resolved.file if resolved is not None else job.id
@@ -282,15 +279,15 @@ class HubModels:
         self._tools.changes.changed(self._shown(job), model_pb2.MODEL_STATE_UNSPECIFIED)
 
     def _gone(self, model: str) -> None:
-        actor = self._tools.actors.get(model)
-        if actor is None:
+        replicas = self._tools.models.get(model)
+        if replicas is None:
             self._tools.changes.deleted(model)
         else:
-            self._tools.changes.changed(actor.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
+            self._tools.changes.changed(replicas.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
 
     def _shown(self, job: Job) -> model_pb2.Model:
-        actor = self._tools.actors.get(job.id)
-        return job.to_model() if actor is None else _with(actor.snapshot(), job)
+        replicas = self._tools.models.get(job.id)
+        return job.to_model() if replicas is None else _with(replicas.snapshot(), job)
 
     def completed(self, model: model_pb2.Model) -> model_pb2.Model:
         """Add to a model what is known of a download of it."""
@@ -308,7 +305,7 @@ class HubModels:
     def unlisted(self) -> dict[str, model_pb2.Model]:
         """Return the models, by id, of which there is a download and nothing else."""
         jobs = self._downloads.jobs() if self._downloads is not None else ()
-        return {job.id: job.to_model() for job in jobs if job.id not in self._tools.actors}
+        return {job.id: job.to_model() for job in jobs if job.id not in self._tools.models}
 
     def pending(self, name: str) -> model_pb2.Model | None:
         """Return a model of which there is a download and nothing else."""
@@ -324,27 +321,27 @@ class HubModels:
             PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
         """
         model = self.id_of(request.model)
-        actor = self._tools.actors.get(model)
+        replicas = self._tools.models.get(model)
         job = self._job(request.model)
-        if actor is not None and actor.entry.hub is None:
+        if replicas is not None and replicas.entry.hub is None:
             field = "model"
             raise InvalidFieldError.of(
                 field,
                 f"{model!r} is a file in a model directory, which the server only reads; remove it there",
             )
-        if actor is None and job is None and not request.allow_missing:
+        if replicas is None and job is None and not request.allow_missing:
             raise ModelNotFoundError.of(request.model)
-        if actor is not None and actor.state.phase not in _AT_REST:
+        if replicas is not None and not replicas.is_at_rest:
             raise failures.not_deleted(model, "it has a worker; unload it first").error()
         if job is not None and job.is_active:
             raise failures.not_deleted(job.id, "a download of it runs; stop that first").error()
         freed = 0
         if job is not None:
             freed += await self._required().halt(job, keep=False)
-        if actor is not None:
-            freed += await asyncio.to_thread(self._remove, actor.entry)
+        if replicas is not None:
+            freed += await asyncio.to_thread(self._remove, replicas.entry)
             await self._rescan()
-            closed = asyncio.create_task(actor.closed.wait())
+            closed = asyncio.create_task(replicas.closed())
             await asyncio.wait({closed}, timeout=VANISH_SECONDS)
             closed.cancel()
             log.info("model_deleted", model=model, freed_bytes=freed)
@@ -355,11 +352,11 @@ class HubModels:
         if entry.hub is None or self._tools.cache_dir is None:
             return 0
         others = [
-            actor.entry
-            for actor in list(self._tools.actors.values())
-            if actor.entry.hub is not None
-            and actor.entry.hub.commit == entry.hub.commit
-            and actor.entry.id != entry.id
+            replicas.entry
+            for replicas in list(self._tools.models.values())
+            if replicas.entry.hub is not None
+            and replicas.entry.hub.commit == entry.hub.commit
+            and replicas.entry.id != entry.id
         ]
         links = list(entry.shard_paths)
         if entry.mmproj_path is not None and all(other.mmproj_path != entry.mmproj_path for other in others):

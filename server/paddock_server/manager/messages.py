@@ -72,6 +72,11 @@ class CallerLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class DemandGone:
+    """Nobody waits for the model any more, at any replica."""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseReturned:
     """A request is through with the model."""
 
@@ -220,6 +225,7 @@ Event: TypeAlias = (
     LoadAsked
     | AcquireAsked
     | CallerLeft
+    | DemandGone
     | LeaseReturned
     | SleepAsked
     | TermsSet

@@ -93,8 +93,7 @@ def _abilities(*, has_chat_template: bool, embedding_only: bool) -> str:
 
 def _running(model: Model, now: datetime | None) -> list[Fact]:
     facts: list[Fact] = []
-    if model.worker is not None:
-        worker = model.worker
+    for worker in model.workers:
         facts += [
             ("Worker", f"process {worker.pid}, {bytes_text(worker.resident_bytes)} resident"),
             (
@@ -148,6 +147,7 @@ def _options(options: RuntimeOptions) -> str:
         "cache-type-v": options.cache_type_v,
         "idle timeout": _time_text(options.idle_timeout_seconds),
         "sleep timeout": _time_text(options.sleep_timeout_seconds),
+        "replicas": options.replica_count,
     }
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None) or "-"
 

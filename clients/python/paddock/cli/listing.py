@@ -38,7 +38,7 @@ def memory_text(model: Model) -> str:
     has resident where no bytes are kept account of."""
     charge = model.memory
     size = sum(charge.bytes.values()) if charge is not None else 0
-    size = size or (model.worker.resident_bytes if model.worker is not None else 0)
+    size = size or sum(worker.resident_bytes for worker in model.workers)
     if not size:
         return NONE
     phase = charge.phase if charge is not None else MemoryPhase.MEASURED
@@ -69,7 +69,7 @@ def _expires(model: Model, now: datetime | None) -> str:
 
 
 def _waiting(model: Model, now: datetime | None) -> str:
-    queued = model.worker.queued_request_count if model.worker else 0
+    queued = sum(worker.queued_request_count for worker in model.workers)
     counts = ((model.waiting_request_count, "load"), (queued, "slot"))
     return ", ".join(f"{count} {what}" for count, what in counts if count) or NONE
 
@@ -89,12 +89,18 @@ def _of_info(text: Callable[[ModelInfo], str]) -> Cell:
     return lambda model, now: text(model.info) or NONE if model.info else NONE
 
 
-def _of_worker(text: Callable[[WorkerInfo], str]) -> Cell:
-    return lambda model, now: text(model.worker) if model.worker else NONE
+def _of_workers(text: Callable[[Sequence[WorkerInfo]], str]) -> Cell:
+    return lambda model, now: text(model.workers) if model.workers else NONE
 
 
-def _kv_cache(worker: WorkerInfo) -> str:
-    used, total = worker.kv_cache_used_tokens, worker.kv_cache_total_tokens
+def _sum(number: Callable[[WorkerInfo], int], text: Callable[[int], str] = str) -> Cell:
+    """Return the cell of a number that the replicas of a model have together."""
+    return _of_workers(lambda workers: text(sum(number(worker) for worker in workers)))
+
+
+def _kv_cache(workers: Sequence[WorkerInfo]) -> str:
+    used = sum(worker.kv_cache_used_tokens for worker in workers)
+    total = sum(worker.kv_cache_total_tokens for worker in workers)
     return f"{used} of {total}" if total else NONE
 
 
@@ -113,10 +119,10 @@ COLUMNS: Final[Mapping[str, Cell]] = {
     "REQUESTS": lambda model, now: str(model.lease_count) if model.lease_count else NONE,
     # Requests that wait for the model to be loaded, or for one of its slots.
     "WAITING": _waiting,
-    "ACTIVE": _of_worker(lambda worker: str(worker.active_request_count)),
-    "KV CACHE": _of_worker(_kv_cache),
-    "RESTARTS": _of_worker(lambda worker: str(worker.restart_count)),
-    "PID": _of_worker(lambda worker: str(worker.pid)),
+    "ACTIVE": _sum(lambda worker: worker.active_request_count),
+    "KV CACHE": _of_workers(_kv_cache),
+    "RESTARTS": _sum(lambda worker: worker.restart_count),
+    "PID": _of_workers(lambda workers: ", ".join(str(worker.pid) for worker in workers)),
     "EXPIRES": _expires,
     "USED": lambda model, now: _ago(model.last_use_time, now),
     "LOADED": lambda model, now: _ago(model.load_time, now),
