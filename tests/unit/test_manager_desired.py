@@ -73,6 +73,18 @@ async def test_no_more_come_back_than_there_is_room_for_and_the_latest_do(state_
         assert len(server.launcher.workers) == 2
 
 
+async def test_without_restore_nothing_comes_back_and_all_stays_remembered(state_file: Path) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await loads(server.manager, "a")
+        await server.manager.pin(pb.PinRequest(model="a"))
+    async with Server("a", "b", state_file=state_file, restore=False) as server:
+        await loads(server.manager, "b")
+        assert loaded(server) == ["b"]
+    async with Server("a", "b", state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a", "b"])
+        assert (await server.manager.snapshot("a")).pinned
+
+
 async def test_a_model_that_is_not_there_is_kept_for_when_it_is(state_file: Path) -> None:
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))

@@ -71,10 +71,10 @@ class HubModels:
                 gone=self._gone,
             )
 
-    async def start(self) -> None:
-        """Take up unfinished downloads."""
+    async def start(self, *, resume: bool) -> None:
+        """Take up unfinished downloads, or with `resume` false only list them."""
         if self._downloads is not None:
-            await self._downloads.start()
+            await self._downloads.start(resume=resume)
 
     async def stop(self) -> None:
         """Stop downloads where they are."""

@@ -161,9 +161,10 @@ class ModelManager:
         await self.rescan()
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
-        self._replay()
+        if self._config.restore:
+            self._replay()
         self._load_on_startup()
-        await self.hub.start()
+        await self.hub.start(resume=self._config.restore)
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
@@ -212,7 +213,8 @@ class ModelManager:
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
         entries = [actor.entry for actor in self._actors.values()]
-        kept, left_out = startup_loads(entries, self._desired.loads.keys(), self._config.models_max)
+        replayed = self._desired.loads.keys() if self._config.restore else ()
+        kept, left_out = startup_loads(entries, replayed, self._config.models_max)
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
