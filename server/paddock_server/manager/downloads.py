@@ -184,7 +184,7 @@ class Downloads:
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def start(self, *, resume: bool) -> None:
+    async def start(self, *, resume: bool = True) -> None:
         """Take up what was unfinished when the server last stopped; without `resume`, only list it."""
         for ref, unfinished in (await self._store.read()).items():
             job = Job(ref, JobState.PAUSED)
@@ -260,12 +260,14 @@ class Downloads:
             view, job.view = job.view, LoadView(asyncio.get_running_loop().time)
             view.fail(failures.download_stopped(job.id, paused=keep))
             job.state, job.failure = JobState.PAUSED, None
+            freed = 0
             if keep:
                 self._remember()
                 self._changed(job)
-                return 0
-            freed = await self._remove_partial(job)
-            self._forget(job)
+            else:
+                freed = await self._remove_partial(job)
+                self._forget(job)
+            await self._store.caught_up()
             return freed
 
     async def _remove_partial(self, job: Job) -> int:

@@ -253,6 +253,8 @@ class ModelManager:
                 self._own_task(self.hub.bring(ref, subscription, load), f"load-{ref.name}")
         try:
             while (event := await subscription.next()) is not None:
+                if event.HasField("loaded"):
+                    await self._desired.caught_up()
                 yield event
         finally:
             subscription.closed = True
@@ -291,7 +293,9 @@ class ModelManager:
                 only_load_id=request.load_id,
             )
         )
-        return await reply
+        response = await reply
+        await self._desired.caught_up()
+        return response
 
     async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
         """Have a model give its memory back; returns when it has.
@@ -315,6 +319,7 @@ class ModelManager:
         self._desired.pin(actor.state.model, pinned)
         actor.tell(TermsSet(replace(actor.state.terms, pinned=pinned)))
         await actor.caught_up()
+        await self._desired.caught_up()
         return pb.PinResponse(model=actor.snapshot())
 
     async def acquire(
