@@ -31,7 +31,9 @@ class StateFile:
         loop."""
         self._path = path
         self._content = content
-        self._version = self._written = self._tried = 0
+        self._version = 0
+        self._written: int = 0
+        self._tried = 0
         self._wake = asyncio.Event()
         self._tries = asyncio.Condition()
         self._closing = False

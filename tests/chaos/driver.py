@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -63,7 +64,9 @@ class Round:
 
     # Calls
 
-    async def call(self, what: str, work: Awaitable[Any], allowed: frozenset[Reason] = NORMAL) -> bool | None:
+    async def call(
+        self, what: str, work: Awaitable[Any], allowed: AbstractSet[Reason] = NORMAL
+    ) -> bool | None:
         """Do a call. Returns whether it went well; None when the server has gone."""
         self.counts[what.split()[0]] += 1
         self.note(what)
@@ -149,7 +152,7 @@ class Round:
         self.is_broken = self.rng.random() < 0.3
         self.variant += 1
         self.world.configure(self.variant, is_broken=self.is_broken)
-        allowed = frozenset({*NORMAL, *([Reason.INVALID_CONFIG] if self.is_broken else [])})
+        allowed = NORMAL | {Reason.INVALID_CONFIG} if self.is_broken else NORMAL
         what = f"reload {self.variant}{' broken' if self.is_broken else ''}"
         done = await self.call(what, self.world.client.reload(), allowed)
         if done and self.is_broken:
@@ -165,7 +168,7 @@ class Round:
         allowed: set[Reason] = {*NORMAL, Reason.HUB_UNREACHABLE, Reason.DISK_FULL}
         if self.disk_was_full and not self.world.is_small_disk:
             allowed.add(Reason.INTERNAL)  # what stands in for a full disk is another error
-        pull = asyncio.create_task(self.call(f"download {end}", self._downloaded(), frozenset(allowed)))
+        pull = asyncio.create_task(self.call(f"download {end}", self._downloaded(), allowed))
         if end:
             await asyncio.sleep(self.rng.uniform(0.3, 2.0))
             stop = self.world.client.stop_download(HUB_MODEL, keep=end == "pause")

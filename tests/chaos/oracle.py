@@ -32,6 +32,7 @@ class Oracle:
         """Nothing of this round can be known: it could not be written, and the server was killed."""
         for model in self.changed:
             self.loads[model] = self.pins[model] = None
+        self.hub_model, self.partial = None, True
 
     def learn(self, state_file: Path) -> None:
         """Take over what is so, after it has been checked."""

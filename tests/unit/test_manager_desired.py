@@ -185,9 +185,13 @@ async def test_a_disk_that_does_not_answer_holds_up_no_answer_for_ever(
 ) -> None:
     monkeypatch.setattr(state_files, "WAIT_SECONDS", 0.01)
     may_write = threading.Event()
+
+    def stuck(_: Any) -> None:
+        may_write.wait(10)
+
     async with Server("a", state_file=state_file) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda _: may_write.wait(10))
+            patch.setattr(os, "fsync", stuck)
             await server.manager.pin(pb.PinRequest(model="a"))
             may_write.set()
 
