@@ -166,7 +166,7 @@ class Round:
         if not self.oracle.hub_model:
             self.oracle.hub_model, self.oracle.partial = None, True
         allowed: set[Reason] = {*NORMAL, Reason.HUB_UNREACHABLE, Reason.DISK_FULL}
-        if self.disk_was_full and not self.world.is_small_disk:
+        if not self.world.is_small_disk:
             allowed.add(Reason.INTERNAL)  # what stands in for a full disk is another error
         pull = asyncio.create_task(self.call(f"download {end}", self._downloaded(), allowed))
         if end:
@@ -237,8 +237,10 @@ class Round:
 
     async def sabotage(self) -> None:
         """Do what nobody should."""
-        kinds = [self._kill_worker, self._kill_worker, self._freeze_worker, self._fill_disk, self._fill_disk]
-        for _ in range(self.rng.randint(1, 2)):
+        kinds = [
+            self._kill_worker, self._kill_worker, self._kill_fetcher, self._freeze_worker, self._fill_disk,
+        ]  # fmt: skip
+        for _ in range(self.rng.randint(1, 3)):
             await asyncio.sleep(self.rng.uniform(0, 2))
             await self.rng.choice(kinds)()
 
@@ -260,20 +262,24 @@ class Round:
             self.note("SIGTERM of the server")
             await self.world.stop()
 
-    def _worker(self) -> psutil.Process | None:
-        workers = self.world.workers()
-        return self.rng.choice(sorted(workers, key=lambda worker: worker.pid)) if workers else None
+    def _one_of(self, processes: list[psutil.Process]) -> psutil.Process | None:
+        return self.rng.choice(sorted(processes, key=lambda one: one.pid)) if processes else None
 
     async def _kill_worker(self) -> None:
-        worker = self._worker()
-        if worker is not None:
-            self.counts["kill-worker"] += 1
-            self.note(f"kill -9 of worker {worker.pid}")
+        self._kill("worker", self._one_of(self.world.workers()))
+
+    async def _kill_fetcher(self) -> None:
+        self._kill("fetcher", self._one_of(self.world.fetchers()))
+
+    def _kill(self, what: str, process: psutil.Process | None) -> None:
+        if process is not None:
+            self.counts[f"kill-{what}"] += 1
+            self.note(f"kill -9 of {what} {process.pid}")
             with suppress(psutil.NoSuchProcess):
-                worker.send_signal(signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
 
     async def _freeze_worker(self) -> None:
-        worker = self._worker()
+        worker = self._one_of(self.world.workers())
         if worker is None:
             return
         seconds = self.rng.choice([0.2, 1.0, 1.0, 30.0])

@@ -50,6 +50,7 @@ async def run(made: World, seed: str, rounds: int) -> None:
     log.info("seed %s: %d rounds, %d servers, %s", seed, rounds, len(made.server_pids), dict(counts))
     log.info("%s", leaks.check())
     await made.stop()
+    await made.client.close()
 
 
 async def _round(done: Round, rng: random.Random) -> None:

@@ -111,6 +111,8 @@ class World:
             "HF_HOME": str(self._disk),
             "PADDOCK_STATE_DIR": str(self.state),
         }
+        if self._client is not None:  # Not earlier: calls to the server before may have been under way.
+            await self._client.close()
         log = self._logs / f"{len(self.server_pids) + 1}.jsonl"
         up = paddock_up(self.models, log, *FLAGS, "--config", str(self.config), environment=environment)
         self._server = await asyncio.to_thread(self._running.enter_context, up)
@@ -134,7 +136,6 @@ class World:
         await asyncio.to_thread(self.server.process.wait, END_SECONDS)
         _, alive = await asyncio.to_thread(psutil.wait_procs, left, END_SECONDS)
         assert alive == [], f"these outlived their server: {alive}"
-        await self.client.close()
         await asyncio.to_thread(self._running.close)
 
     def children(self, module: str) -> list[psutil.Process]:
