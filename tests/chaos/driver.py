@@ -208,8 +208,6 @@ class Round:
             self.oracle.hub_model = self.oracle.partial = False
         elif done is False:
             self.oracle.hub_model = was
-        elif was is not False:
-            self.oracle.partial = True  # The model is gone with its link; the file after it may be left.
         return done
 
     # Users

@@ -158,6 +158,7 @@ class ModelManager:
             CatalogError: a model directory cannot be listed.
         """
         await self._desired.read()
+        await self.hub.finish_removals()
         await self.rescan()
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
