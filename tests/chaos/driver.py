@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import httpx
 import psutil
 
 from paddock import PaddockError, Reason
+from paddock.errors import make_error
 from tests.chaos.oracle import Oracle
 from tests.chaos.world import ANSWERS, HUB_MODEL, LOCAL_MODELS, World
 from tests.fakes.hub import Fault
@@ -221,13 +223,24 @@ class Round:
             model = rng.choice(MODELS)
             patience = rng.choice([None, None, rng.uniform(0, 0.3), rng.uniform(0, 3)])
             pair = rng.choice(ANSWERS)
-            what = f"ask {model} for {patience if patience is not None else CALL_SECONDS:.3f} s"
-            await self.call(what, self._asked(model, pair, patience))
+            over_http = model == "foal" and rng.random() < 0.5
+            front = "ask-http" if over_http else "ask"
+            what = f"{front} {model} for {patience if patience is not None else CALL_SECONDS:.3f} s"
+            await self.call(what, self._asked(model, pair, patience, over_http=over_http))
 
-    async def _asked(self, model: str, pair: dict[str, str], patience: float | None) -> None:
+    async def _asked(
+        self, model: str, pair: dict[str, str], patience: float | None, *, over_http: bool
+    ) -> None:
         with suppress(*(() if patience is None else (TimeoutError,))):
             async with asyncio.timeout(patience):
-                wrong = await wrong_answer(self.world, model, pair)
+                if not over_http:
+                    wrong = await wrong_answer(self.world, model, pair)
+                elif (answer := await answer_over_http(self.world, model, pair["question"])) != pair[
+                    "answer"
+                ]:
+                    wrong = f"{model} answers {pair['question']!r} over HTTP with {answer!r}"
+                else:
+                    wrong = ""
                 if wrong:
                     self.unexpected.append(wrong)
 
@@ -300,6 +313,20 @@ class Round:
         with suppress(psutil.NoSuchProcess):
             await asyncio.to_thread(self.world.empty_disk)
         self.note("the disk has room")
+
+
+async def answer_over_http(world: World, model: str, question: str) -> str:
+    """Ask a model something over HTTP. Raises `PaddockError`."""
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+    try:
+        async with httpx.AsyncClient(base_url=world.server.http_url, timeout=CALL_SECONDS) as http:
+            response = await http.post("/v1/chat/completions", json=body)
+    except httpx.TransportError as error:
+        raise make_error(Reason.SERVER_UNREACHABLE, repr(error)) from error
+    answer = response.json()
+    if response.status_code != 200:
+        raise PaddockError(answer["error"]["code"].upper(), answer["error"]["message"])
+    return answer["choices"][0]["message"]["content"]
 
 
 async def wrong_answer(
