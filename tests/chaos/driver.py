@@ -49,6 +49,9 @@ class Round:
     rng: random.Random
     variant: int
     may_kill_server: bool
+    may_take_long: bool
+    """Whether there may be faults that only a time-out of 20 s finds."""
+
     began: float = field(default_factory=time.monotonic)
     actions: list[str] = field(default_factory=list[str])
     counts: Counter[str] = field(default_factory=Counter[str])
@@ -192,7 +195,7 @@ class Round:
             Fault(status=429, retry_after="1"),
             Fault(stop_after=self.rng.randrange(size), stall=True),
         ]
-        weights = [4, 2, 2, 1]
+        weights = [4, 2, 2, 1 if self.may_take_long else 0]
         self.world.hub.faults = self.rng.choices(faults, weights, k=self.rng.randint(0, 2))
         self.note(f"the hub: {[vars(fault) for fault in self.world.hub.faults]}, {pause:g} s a block")
 
@@ -293,7 +296,7 @@ class Round:
         worker = self._one_of(self.world.workers())
         if worker is None:
             return
-        seconds = self.rng.choice([0.2, 1.0, 1.0, 30.0])
+        seconds = self.rng.choice([0.2, 1.0, 1.0, 30.0] if self.may_take_long else [0.2, 1.0])
         self.counts["stop-worker"] += 1
         self.note(f"SIGSTOP of worker {worker.pid} for {seconds:g} s")
         with suppress(psutil.NoSuchProcess):

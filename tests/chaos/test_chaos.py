@@ -28,13 +28,13 @@ SEED: Final = os.environ.get("PADDOCK_CHAOS_SEED") or str(time.time_ns())
 """Of the long form: another one each time, unless one is to be repeated."""
 
 
-async def run(made: World, seed: str, rounds: int) -> None:
+async def run(made: World, seed: str, rounds: int, *, may_take_long: bool) -> None:
     """Run rounds, the first half of which may end the server, and log figures."""
     oracle, leaks, counts, variant = Oracle(), Leaks(), Counter[str](), 0
     await made.start()
     for number in range(rounds):
         rng = random.Random(f"{seed}-{number}")
-        done = Round(made, oracle, rng, variant, may_kill_server=number < (rounds + 1) // 2)
+        done = Round(made, oracle, rng, variant, number < (rounds + 1) // 2, may_take_long)
         try:
             await _round(done, rng)
             leaks.sample(made)
@@ -78,11 +78,11 @@ async def _round(done: Round, rng: random.Random) -> None:
 @pytest.mark.timeout(300)
 async def test_nothing_is_lost_in_a_few_rounds(tmp_path: Path) -> None:
     with world(tmp_path) as made:
-        await run(made, "short", SHORT_ROUNDS)
+        await run(made, "short", SHORT_ROUNDS, may_take_long=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 async def test_nothing_is_lost_in_many_rounds(tmp_path: Path) -> None:
     with world(tmp_path) as made:
-        await run(made, SEED, ROUNDS)
+        await run(made, SEED, ROUNDS, may_take_long=True)
