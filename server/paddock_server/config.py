@@ -157,6 +157,9 @@ class ServerConfig(BaseSettings):
     state_dir: Path | None = Field(default_factory=default_state_dir)
     """Where operators' loads are remembered over a restart; an empty value turns that off."""
 
+    restore: bool = True
+    """Whether remembered loads and downloads are taken up at the start. They stay remembered either way."""
+
     @property
     def model_directories(self) -> tuple[Path, ...]:
         """The directories to serve: those named, else the demo model's and, where it exists, the default."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from paddock_server.manager.options import Options, Wish, stored_wish
-from paddock_server.state_files import write_atomically
+from paddock_server.state_files import StateFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,16 +51,14 @@ class StateFileError(Exception):
 
 
 class DesiredLoads:
-    """The loads to come back. Written in a thread, by one task, latest state only."""
+    """The loads to come back."""
 
     def __init__(self, path: Path | None) -> None:
         """`path` is the file; None keeps nothing."""
         self._path = path
         self._loads: dict[str, Wish] = {}
         self._pins: dict[str, bool] = {}
-        self._unwritten = False
-        self._closing = False
-        self._wake = asyncio.Event()
+        self._file = StateFile(path, lambda: _document(self._loads, self._pins))
 
     @property
     def loads(self) -> Mapping[str, Wish]:
@@ -93,38 +91,25 @@ class DesiredLoads:
             self._loads[model] = options.as_wish()
         elif known is None:
             return
-        self._changed()
+        self._file.changed()
 
     def pin(self, model: str, pinned: bool) -> None:
         """Keep that a model is pinned, or is not."""
         if self._pins.get(model) is not pinned:
             self._pins[model] = pinned
-            self._changed()
+            self._file.changed()
 
-    def _changed(self) -> None:
-        self._unwritten = True
-        self._wake.set()
+    async def caught_up(self) -> None:
+        """Wait until what was put so far is on the disk, or cannot be written."""
+        await self._file.caught_up()
 
     async def run(self) -> None:
         """Write the file whenever something has changed, until `close`."""
-        closing = False
-        while not closing:
-            await self._wake.wait()
-            self._wake.clear()
-            # Both before the write: what is put while it goes on needs another.
-            closing = self._closing
-            unwritten, self._unwritten = self._unwritten, False
-            if self._path is None or not unwritten:
-                continue
-            try:
-                await asyncio.to_thread(write_atomically, self._path, _document(self._loads, self._pins))
-            except OSError as error:
-                log.warning("state_file_not_written", path=str(self._path), error=str(error))
+        await self._file.run()
 
     def close(self) -> None:
         """Have `run` write what is unwritten, and end."""
-        self._closing = True
-        self._wake.set()
+        self._file.close()
 
 
 def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool]) -> bytes:

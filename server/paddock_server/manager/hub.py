@@ -16,7 +16,7 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, HubNameError, HubRef, hub_ref, parse_hub_name
 from paddock_server.catalog.hub_names import HUB_PREFIX, NoSuchFileError, choose_model
 from paddock_server.downloads.process import FetcherLauncher
-from paddock_server.downloads.removal import remove_model
+from paddock_server.downloads.removal import finish_removals, remove_model
 from paddock_server.manager import failure as failures
 from paddock_server.manager.downloads import Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
@@ -68,10 +68,20 @@ class HubModels:
                 gone=self._gone,
             )
 
-    async def start(self) -> None:
-        """Take up unfinished downloads."""
+    async def finish_removals(self) -> None:
+        """Finish deletions that a server before this one was killed in; before the catalog is read."""
+        if self._tools.cache_dir is None:
+            return
+        try:
+            for folder in await asyncio.to_thread(finish_removals, self._tools.cache_dir):
+                log.info("removal_finished", folder=folder)
+        except OSError as error:
+            log.warning("removal_not_finished", error=str(error))
+
+    async def start(self, *, resume: bool) -> None:
+        """Take up unfinished downloads, or with `resume` false only list them."""
         if self._downloads is not None:
-            await self._downloads.start()
+            await self._downloads.start(resume=resume)
 
     async def stop(self) -> None:
         """Stop downloads where they are."""

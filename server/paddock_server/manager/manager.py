@@ -177,12 +177,14 @@ class ModelManager:
             CatalogError: a model directory cannot be listed.
         """
         await self._desired.read()
+        await self.hub.finish_removals()
         await self.rescan()
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
-        self._replay()
+        if self._config.restore:
+            self._replay()
         self._load_on_startup()
-        await self.hub.start()
+        await self.hub.start(resume=self._config.restore)
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
@@ -239,7 +241,8 @@ class ModelManager:
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
         entries = [replicas.entry for replicas in self._sets.values()]
-        kept, left_out = startup_loads(entries, self._remembered(), self._config.models_max)
+        replayed = self._remembered() if self._config.restore else {}
+        kept, left_out = startup_loads(entries, replayed, self._config.models_max)
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
@@ -278,6 +281,8 @@ class ModelManager:
                 self._own_task(self.hub.bring(ref, subscription, load), f"load-{ref.name}")
         try:
             while (event := await subscription.next()) is not None:
+                if event.HasField("loaded"):
+                    await self._desired.caught_up()
                 yield event
         finally:
             subscription.closed = True
@@ -307,7 +312,9 @@ class ModelManager:
         drain_seconds = self._config.drain_seconds if own is None else own
         if request.HasField("drain_timeout"):
             drain_seconds = timeout.ToNanoseconds() / 1e9
-        return await replicas.unload(request, drain_seconds)
+        response = await replicas.unload(request, drain_seconds)
+        await self._desired.caught_up()
+        return response
 
     async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
         """Have a model give its memory back; returns when it has.
@@ -327,6 +334,7 @@ class ModelManager:
         pinned = not request.unpin
         self._desired.pin(replicas.model, pinned)
         await replicas.set_terms(replace(replicas.terms, pinned=pinned))
+        await self._desired.caught_up()
         return pb.PinResponse(model=replicas.snapshot())
 
     async def acquire(
