@@ -10,7 +10,8 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools run test test-slow machine check lint types imports protos fmt gen gen-check lock bench clean
+.PHONY: help setup tools run test test-slow machine check lint types imports protos fmt gen gen-check lock bench chaos \
+	clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +67,11 @@ fmt: setup ## Format Python and protos, and fix what can be fixed.
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/buf format --write
+
+# Says its seed when it fails; `make chaos ROUNDS=n SEED=s` repeats it.
+chaos: setup ## Many rounds of killing, stalling and filling disks (ROUNDS=n, SEED=s).
+	@PADDOCK_CHAOS_ROUNDS=$(ROUNDS) PADDOCK_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m slow tests/chaos \
+		-o log_cli=true -o log_cli_level=INFO -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 bench: setup ## Measure throughput, latency and memory.
 	@$(BIN)/python -m bench $(ARGS)

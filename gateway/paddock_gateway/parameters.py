@@ -144,6 +144,11 @@ _ROWS: Final = (
     _extension("ignore_eos", "Goes on past the end of the text. For benchmarks."),
     _extension("grammar", "GBNF. Not together with response_format."),
     _extension("chat_template_kwargs", "Extra arguments of the chat template.", _CHAT),
+    _extension(
+        "keep_alive",
+        'How long the idle model is kept, at least: seconds, or a text such as "5m", as Ollama has it. '
+        "Below 0: 30 days. 0 is no wish: the model is not unloaded at once.",
+    ),
     _extension("return_progress", "With stream: chunks with prompt_progress while the prompt is evaluated."),
     _extension(
         "generation_config", "What `transformers chat` sends: JSON as text. Plain parameters win over it."

@@ -130,6 +130,7 @@ class GenerationParameters(Struct, kw_only=True):
     ignore_eos: bool | None = None
     grammar: str | None = None
     return_progress: bool | None = None
+    keep_alive: float | str | None = None
     generation_config: str | None = None
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
+from paddock.durations import keep_alive_seconds
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_gateway.decode import check_encoding, decode_object
@@ -194,6 +195,7 @@ def _set_shared(message: pb.GenerateRequest, request: GenerationParameters, limi
     """Fill in what both dialects have, except the token limit's name."""
     message.choice_count = request.n or 1
     message.report_prompt_progress = bool(request.return_progress)
+    _set_keep_alive(message, request.keep_alive)
     repetition_penalty = request.repetition_penalty
     if repetition_penalty is None:
         repetition_penalty = request.repeat_penalty
@@ -217,6 +219,17 @@ def _set_shared(message: pb.GenerateRequest, request: GenerationParameters, limi
     )
     if request.grammar is not None:
         message.constraint.grammar = request.grammar
+
+
+def _set_keep_alive(message: pb.GenerateRequest, wanted: float | str | None) -> None:
+    if wanted is None:
+        return
+    try:
+        seconds = keep_alive_seconds(wanted)
+    except ValueError as error:
+        refuse("keep_alive", str(error))
+    if seconds:
+        message.keep_alive.FromNanoseconds(round(seconds * 1e9))
 
 
 def _token_limit(request: ChatRequest) -> tuple[int | None, str]:

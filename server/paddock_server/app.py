@@ -225,6 +225,7 @@ def manager_config(config: ServerConfig) -> ManagerConfig:
         state_file=_state_file(config, "loads"),
         hub_cache=config.hub_cache,
         downloads_file=_state_file(config, "downloads"),
+        restore=config.restore,
     )
 
 

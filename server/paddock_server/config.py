@@ -182,6 +182,9 @@ class ServerConfig(BaseSettings):
     state_dir: Path | None = Field(default_factory=default_state_dir)
     """Where operators' loads are remembered over a restart; an empty value turns that off."""
 
+    restore: bool = True
+    """Whether remembered loads and downloads are taken up at the start. They stay remembered either way."""
+
     _flags: Mapping[str, object] = PrivateAttr(default_factory=dict[str, object])
     """What was given on the command line."""
 

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING, Literal
+import threading
+from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import structlog
 
 if TYPE_CHECKING:
     from structlog.typing import Processor
+
+
+class LogOutput:
+    """Where lines go: a descriptor that costs nobody more than the line when it cannot be written, because
+    the disk behind it is full or its reader has gone. Once it can be again, it says what is missing."""
+
+    def __init__(self, descriptor: int, *, as_json: bool) -> None:
+        self._descriptor = descriptor
+        self._as_json = as_json
+        self._lock = threading.Lock()
+        self._lost = 0
+        self._is_cut = False
+
+    def write(self, text: str) -> int:
+        """Write whole lines, or none of them to the end."""
+        with self._lock:
+            data = (self._gap() + text).encode(errors="replace")
+            try:
+                written = os.write(self._descriptor, data)
+            except OSError:  # There is no other place to say so.
+                written = 0
+            if written == len(data):
+                self._lost, self._is_cut = 0, False
+            else:
+                self._lost += text.count("\n")
+                self._is_cut = self._is_cut or written > 0
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is kept back."""
+
+    def _gap(self) -> str:
+        if not self._lost:
+            return ""
+        line = {"event": "log_lines_lost", "count": self._lost, "level": "warning"}
+        text = json.dumps(line) if self._as_json else f"log_lines_lost count={self._lost}"
+        return ("\n" if self._is_cut else "") + text + "\n"
 
 
 def configure_logging(level: str, log_format: Literal["auto", "json", "console"]) -> None:
@@ -26,14 +66,16 @@ def configure_logging(level: str, log_format: Literal["auto", "json", "console"]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
+    # Both write whole lines, and nothing else of a text stream is asked for.
+    output = cast("TextIO", LogOutput(sys.stderr.fileno(), as_json=not console))
     numeric_level = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(numeric_level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(output),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

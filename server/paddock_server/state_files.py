@@ -1,9 +1,104 @@
-"""Small files the server remembers things in."""
+"""Small files the server remembers things in: each has one writer, and is replaced as a whole."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+RETRY_SECONDS: Final = 5.0
+"""Time until another attempt at a file that could not be written."""
+
+WAIT_SECONDS: Final = 5.0
+"""How long an answer waits for what it says to be on the disk; a disk takes milliseconds."""
+
+
+class StateFile:
+    """Keeps a file as the state in memory is. Written in a thread, by one task, latest state only."""
+
+    def __init__(self, path: Path | None, content: Callable[[], bytes]) -> None:
+        """`path` is the file; None keeps nothing. `content` returns what is to be in it, in the event
+        loop."""
+        self._path = path
+        self._content = content
+        self._version = 0
+        self._written: int = 0
+        self._tried = 0
+        self._wake = asyncio.Event()
+        self._tries = asyncio.Condition()
+        self._closing = False
+        self._ended = False
+
+    def changed(self) -> None:
+        """Have the file written."""
+        self._version += 1
+        self._wake.set()
+
+    async def caught_up(self) -> None:
+        """Wait until all changes so far are on the disk.
+
+        Not longer than for one attempt, whatever comes of it, and never longer than `WAIT_SECONDS`: what
+        cannot be written is warned of, and holds nobody up.
+        """
+        version = self._version
+        try:
+            async with asyncio.timeout(WAIT_SECONDS), self._tries:
+                await self._tries.wait_for(lambda: self._tried >= version or self._ended)
+        except TimeoutError:
+            log.warning("state_file_slow", path=str(self._path), waited_seconds=WAIT_SECONDS)
+
+    async def run(self) -> None:
+        """Write the file whenever something has changed, and again while it cannot be, until `close`."""
+        try:
+            await self._remove_leftovers()
+            while not self._ended:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_SECONDS if self._tried != self._written else None):
+                        await self._wake.wait()
+                self._wake.clear()
+                await self._write()
+        finally:
+            self._ended = True
+            async with self._tries:
+                self._tries.notify_all()
+
+    async def _write(self) -> None:
+        # All before the write: what changes while it goes on needs another.
+        version, closing = self._version, self._closing
+        if self._path is None:
+            self._written = version
+        elif version != self._written:
+            try:
+                await asyncio.to_thread(write_atomically, self._path, self._content())
+                self._written = version
+            except OSError as error:
+                log.warning("state_file_not_written", path=str(self._path), error=str(error))
+        async with self._tries:
+            self._tried = version
+            self._ended = closing
+            self._tries.notify_all()
+
+    def close(self) -> None:
+        """Have `run` write what is unwritten, and end."""
+        self._closing = True
+        self._wake.set()
+
+    async def _remove_leftovers(self) -> None:
+        if self._path is not None:
+            try:
+                await asyncio.to_thread(_remove_leftovers, self._path)
+            except OSError as error:
+                log.warning("state_file_leftovers", path=str(self._path), error=str(error))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -23,3 +118,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a server that was killed while it wrote the file has left."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def test_ls_lists_every_model_with_its_state(paddock: Paddock) -> None:
 
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == [
-        *("MODEL", "STATE", "SIZE", "MEMORY", "PARAMETERS", "QUANTIZATION", "CONTEXT", "USED")
+        *("MODEL", "STATE", "SIZE", "MEMORY", "USED", "QUANTIZATION", "PARAMETERS", "CONTEXT")
     ]
     assert [line[0] for line in lines[1:]] == ["broken", "cold", "endless", "stuck", "tiny"]
     assert lines[1][1:3] == ["failed", "(WORKER_CRASHED)"]
@@ -66,21 +66,31 @@ def test_ps_lists_models_with_a_worker_only(paddock: Paddock) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["endless", "tiny"]
 
 
-def test_ps_shows_memory_requests_restarts_expiry_and_use(paddock: Paddock, server: FakeServer) -> None:
+def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, server: FakeServer) -> None:
     tiny = server.manager.models["tiny"]
-    tiny.worker.active_request_count, tiny.worker.queued_request_count = 3, 2
+    tiny.lease_count, tiny.worker.queued_request_count = 5, 2
     tiny.worker.restart_count = 1
+    tiny.memory.phase = model_pb2.MEMORY_PHASE_MEASURED
+    tiny.memory.bytes["RAM"] = 60_000_000
+    tiny.runtime_options.sleep_timeout.FromSeconds(4 * 86_400)
     tiny.last_use_time.FromSeconds(int(time.time()) - 90)
     tiny.expire_time.FromSeconds(int(time.time()) + 3 * 86_400 + 60)
 
     header, _, line = paddock("ps").stdout.splitlines()
 
-    assert re.split(r"\s{3,}", header.strip()) == [
-        *("MODEL", "STATE", "MEMORY", "ACTIVE", "QUEUED", "KV CACHE", "RESTARTS", "EXPIRES", "USED")
+    assert re.split(r"\s{2,}", header.strip()) == [
+        *("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
     ]
-    cells = re.split(r"\s{3,}", line.strip())
-    assert cells[:8] == ["tiny", "loaded", "50.0 MB", "3", "2", "0 of 512", "1", "in 3 days"]
-    assert re.fullmatch(r"1 min \d+ s ago", cells[8])
+    cells = re.split(r"\s{2,}", line.strip())
+    assert cells[:6] == ["tiny", "loaded", "60.0 MB", "5", "2 slot", "sleeps in 3d"]
+    assert cells[6:] == ["2m ago", "0 of 512", "1"]
+
+
+def test_ls_and_ps_show_models_that_sleep(paddock: Paddock, server: FakeServer) -> None:
+    server.manager.models["tiny"].state = model_pb2.MODEL_STATE_SLEEPING
+
+    for command in ("ls", "ps"):
+        assert "sleeping" in paddock(command).stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["ls", "ps"])
@@ -89,6 +99,12 @@ def test_wide_lists_say_more(paddock: Paddock, command: str) -> None:
 
     assert wide.startswith(narrow.strip())
     assert len(wide.split()) > len(narrow.split())
+
+
+def test_json_lists_hold_every_field_of_the_protocol(paddock: Paddock) -> None:
+    (shown, *_) = json.loads(paddock("ls", "--json").stdout)
+
+    assert set(shown) == {field.name for field in model_pb2.Model.DESCRIPTOR.fields}
 
 
 def test_json_lists_hold_what_the_client_knows(paddock: Paddock) -> None:
@@ -244,6 +260,33 @@ def test_run_continues_the_text_when_the_model_has_no_chat_template(
     assert refused.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("typed", "seconds"), [("30s", 30), ("1h", 3600), ("1h30m", 5400), ("-1s", 30 * 86_400)]
+)
+def test_run_and_chat_have_a_model_kept_for_as_long_as_is_typed(
+    paddock: Paddock, server: FakeServer, typed: str, seconds: int
+) -> None:
+    paddock("run", "tiny", "Hi", f"--keep-alive={typed}")
+    paddock("chat", "tiny", "--keep-alive", typed, input="Hi\n")
+
+    for request in server.manager.requests("Generate"):
+        assert isinstance(request, pb.GenerateRequest)
+        assert request.keep_alive.ToSeconds() == seconds
+    assert len(server.manager.requests("Generate")) == 2
+
+
+@pytest.mark.parametrize("typed", ["5", "soon", "31d", "721h"])
+def test_a_keep_alive_that_is_no_duration_is_refused_with_what_would_be_right(
+    paddock: Paddock, server: FakeServer, typed: str
+) -> None:
+    result = paddock("run", "tiny", "Hi", "--keep-alive", typed)
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "--keep-alive" in result.stderr
+    assert "must be" in result.stderr
+    assert server.manager.calls == []
+
+
 def test_run_json_is_one_event_a_line(paddock: Paddock) -> None:
     lines = events(paddock("run", "tiny", "Hi", "--json"))
 
@@ -389,9 +432,12 @@ def test_estimate_shows_parts_and_a_verdict(paddock: Paddock, server: FakeServer
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["DEVICE", "FOR", "MEMORY"]
     assert ["RAM", "kv", "cache"] in [line[:3] for line in lines]
-    assert lines[-1][:2] == ["RAM", "all"]
+    assert ["RAM", "all", "4.2", "MB", "of", "8.4", "MB"] in lines
+    assert ["RAM", "held", "by", "endless", "50.0", "MB"] in lines
+    assert not [line for line in lines if "tiny" in line], "what it holds itself is part of the estimate"
+    assert lines[-1] == ["RAM", "free", "now", "8.4", "MB"]
     assert "It fits now." in result.stderr
-    request = server.manager.calls[-1].request
+    (request,) = server.manager.requests("EstimateMemory")
     assert isinstance(request, pb.EstimateMemoryRequest)
     assert request.runtime_options.cache_type_k == "q8_0"
     assert request.runtime_options.HasField("context_size_tokens")

@@ -103,8 +103,28 @@ def test_a_setting_that_is_wrong_is_a_problem_and_the_rest_is_seen_with_the_defa
 
     areas = by_area(done)
     assert done.returncode == ExitCode.FAILED
-    assert "--models-dir" in areas["settings"][0]["message"]
+    assert "--models-dir" in areas["config"][0]["message"]
     assert "models" in areas
+
+
+def test_what_is_wrong_in_configuration_files_is_named_with_file_and_line(
+    directory: Path, tmp_path: Path
+) -> None:
+    toml, preset = tmp_path / "paddock.toml", tmp_path / "preset.ini"
+    toml.write_text('[models.good]\ntags = ["x"]\n')
+    preset.write_text("version = 1\n[good]\nunheard-of = 3\n")
+    arguments = ("--json", "--models-dir", str(directory), "--grpc-port", "0", "--port", "0")
+
+    left_out = by_area(doctor(*arguments, "--config", str(toml), "--models-preset", str(preset)))["config"]
+    toml.write_text("[models.good]\nctx_size = true\n")
+    done = doctor(*arguments, "--config", str(toml))
+
+    (unknown,) = [finding for finding in left_out if finding["level"] == "warning"]
+    assert "preset.ini:3" in unknown["message"]
+    assert "unheard-of" in unknown["message"]
+    (wrong,) = [finding for finding in by_area(done)["config"] if finding["level"] == "problem"]
+    assert "paddock.toml:2" in wrong["message"]
+    assert done.returncode == ExitCode.FAILED
 
 
 def test_a_running_server_is_told_from_other_programs_and_asked_how_it_is(real_server: ServerProcess) -> None:
@@ -120,3 +140,4 @@ def test_a_running_server_is_told_from_other_programs_and_asked_how_it_is(real_s
     assert all("Paddock" in finding["message"] for finding in areas["ports"])
     assert areas["server"][0]["level"] == "ok"
     assert real_server.grpc_address in areas["server"][0]["message"]
+    assert "they may have of RAM" in areas["server"][1]["message"]

@@ -4,6 +4,8 @@ import io
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.progress import Progress
 
@@ -11,13 +13,13 @@ from paddock.cli import listing
 from paddock.cli.facts import facts
 from paddock.cli.output import (
     ago_text,
+    brief_text,
     bytes_text,
     count_text,
     plain,
     seconds_text,
     shortened,
     table,
-    until_text,
 )
 from paddock.cli.progress import LABELS, BarView, LineView, Meter, load_view
 from paddock.convert import model
@@ -105,10 +107,21 @@ def test_times_are_told_as_ages() -> None:
     assert ago_text(START, START - timedelta(seconds=5)) == "0 ms ago"  # clocks differ
 
 
-def test_times_to_come_are_told_as_waits() -> None:
-    assert until_text(None) == "-"
-    assert until_text(START, START - timedelta(seconds=90)) == "in 1 min 30 s"
-    assert until_text(START, START + timedelta(seconds=5)) == "now"
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m"),
+        (240, "4m"),
+        (3_570, "1h"),
+        (47 * 3600, "47h"),
+        (48 * 3600, "2d"),
+        (30 * 86_400, "30d"),
+    ],
+)
+def test_durations_in_columns_have_one_unit(seconds: float, text: str) -> None:
+    assert brief_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -145,6 +158,108 @@ def test_long_names_give_way_and_the_other_columns_stay_whole() -> None:
     assert all(len(line.rstrip()) <= 100 for line in (header, first, second))
     assert second.split()[1:] == first.split()[1:]
     assert second.split()[0].endswith("q4_k_m")
+
+
+@pytest.mark.parametrize("columns", [listing.LS, listing.LS_WIDE, listing.PS, listing.PS_WIDE])
+@pytest.mark.parametrize("width", [30, 60, 80, 100])
+def test_a_table_is_no_wider_than_the_terminal_and_leaves_out_its_last_columns(
+    columns: tuple[str, ...], width: int
+) -> None:
+    out = Console(file=io.StringIO(), width=width)
+    out.print(table(columns, listing.rows([BUSY], columns), width=width))
+
+    header, line = written(out)
+    shown = header.split()
+    assert len(line.rstrip()) <= width
+    assert " ".join(columns).split()[: len(shown)] == shown
+    assert "…" not in header
+
+
+BUSY = model(
+    model_pb2.Model(
+        id="a-model-of-the-usual-length-q4_k_m",
+        state=model_pb2.MODEL_STATE_LOADED,
+        size_bytes=99 * 10**8,
+        memory=model_pb2.MemoryCharge(
+            phase=model_pb2.MEMORY_PHASE_MEASURED, bytes={"RAM": 10**9, "CUDA0": 98 * 10**8}
+        ),
+        lease_count=12,
+        worker=model_pb2.Worker(queued_request_count=3),
+        runtime_options=model_pb2.RuntimeOptions(sleep_timeout=Duration(seconds=300)),
+        expire_time=Timestamp(seconds=int(START.timestamp()) + 240),
+        last_use_time=Timestamp(seconds=int(START.timestamp()) - 60),
+    )
+)
+
+
+def cells(shown: model_pb2.Model) -> dict[str, str]:
+    columns = listing.PS_WIDE
+    (row,) = listing.rows([model(shown)], columns, START)
+    return dict(zip(columns, map(str, row), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("phase", "resident", "shown"),
+    [
+        (model_pb2.MEMORY_PHASE_PREDICTED, 0, "2.5 GB predicted"),
+        (model_pb2.MEMORY_PHASE_MEASURED, 0, "2.5 GB"),
+        (model_pb2.MEMORY_PHASE_RELEASING, 0, "2.5 GB releasing"),
+    ],
+)
+def test_memory_is_what_a_model_is_charged_with_over_all_devices(
+    phase: model_pb2.MemoryPhase.ValueType, resident: int, shown: str
+) -> None:
+    charge = model_pb2.MemoryCharge(phase=phase, bytes={"RAM": 5 * 10**8, "CUDA0": 2 * 10**9})
+
+    assert cells(model_pb2.Model(id="m", memory=charge))["MEMORY"] == shown
+
+
+def test_memory_is_what_the_process_has_where_no_bytes_are_kept_account_of() -> None:
+    charge = model_pb2.MemoryCharge(phase=model_pb2.MEMORY_PHASE_RELEASING)
+    shown = model_pb2.Model(id="m", memory=charge, worker=model_pb2.Worker(resident_bytes=10**9))
+
+    assert cells(shown)["MEMORY"] == "1.0 GB releasing"
+
+
+@pytest.mark.parametrize(
+    ("sleep", "idle", "shown"),
+    [(300, 0, "sleeps in 4m"), (300, 600, "sleeps in 4m"), (0, 300, "goes in 4m"), (600, 300, "goes in 4m")],
+)
+def test_a_model_whose_time_runs_says_what_will_become_of_it(sleep: int, idle: int, shown: str) -> None:
+    options = model_pb2.RuntimeOptions(
+        sleep_timeout=Duration(seconds=sleep), idle_timeout=Duration(seconds=idle)
+    )
+    expire = Timestamp(seconds=int(START.timestamp()) + 240)
+    loaded = model_pb2.Model(id="m", runtime_options=options, expire_time=expire)
+
+    assert cells(loaded)["EXPIRES"] == shown
+    verb = shown.split()[0].capitalize()
+    assert str(dict(facts(model(loaded), START))[verb]).startswith("in 4 min 0 s, at ")
+
+
+def test_a_pinned_model_does_not_expire() -> None:
+    assert cells(model_pb2.Model(id="m", pinned=True))["EXPIRES"] == "pinned"
+
+
+def test_who_waits_for_what_is_told_apart() -> None:
+    shown = model_pb2.Model(
+        id="m",
+        lease_count=9,
+        waiting_request_count=2,
+        worker=model_pb2.Worker(active_request_count=6, queued_request_count=3),
+    )
+
+    assert (cells(shown)["REQUESTS"], cells(shown)["WAITING"]) == ("9", "2 load, 3 slot")
+    assert dict(facts(model(shown)))["Requests"] == (
+        "9 use it, 6 decoded now, 3 waiting for a slot, 2 waiting for the load"
+    )
+
+
+def test_a_model_that_is_being_downloaded_says_so_in_its_state() -> None:
+    download = model_pb2.Download(completed_bytes=45, total_bytes=100)
+    shown = model_pb2.Model(id="m", state=model_pb2.MODEL_STATE_UNLOADED, download=download)
+
+    assert cells(shown)["STATE"] == "downloading 45%"
 
 
 @pytest.mark.parametrize("columns", [listing.LS, listing.LS_WIDE, listing.PS, listing.PS_WIDE])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from paddock.cli.failures import ExitCode
 from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
 from tests.clients.fake_server import WAY_OUT_SECONDS
 from tests.clients.terminal import COMMAND, terminal
 
@@ -137,6 +139,39 @@ def test_a_long_name_does_not_break_a_table(server: FakeServer) -> None:
         assert wide.exit_code() == ExitCode.OK
 
     assert [len(line.rstrip()) <= 100 for line in lines] == [True, True]
-    assert lines[0].split()[-1] == "USED"
-    assert re.match(r"a-model\S+…\S+q4_k_m   loaded   50\.0 MB ", lines[1])
+    assert lines[0].split()[-1] == "RESTARTS"
+    assert re.match(r"a-model\S+…\S+q4_k_m  loaded  50\.0 MB ", lines[1])
     assert name in whole
+
+
+@pytest.mark.parametrize(
+    ("command", "columns"),
+    [
+        ("ls", ["MODEL", "STATE", "SIZE", "MEMORY", "USED"]),
+        ("ps", ["MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES"]),
+    ],
+)
+def test_lists_keep_to_a_terminal_of_80_columns_and_show_the_most_telling(
+    server: FakeServer, command: str, columns: list[str]
+) -> None:
+    name = "qwen2.5-coder-7b-instruct-q4_k_m"
+    busy = server.manager.models.pop("tiny")
+    server.manager.models = {name: busy}
+    busy.id, busy.state = name, model_pb2.MODEL_STATE_UNLOADING
+    busy.memory.phase = model_pb2.MEMORY_PHASE_RELEASING
+    busy.memory.bytes["RAM"] = 12_345_678_901
+    busy.lease_count, busy.worker.queued_request_count = 64, 31
+    busy.runtime_options.sleep_timeout.FromSeconds(300)
+    busy.expire_time.FromSeconds(int(time.time()) + 3 * 86_400)
+    busy.last_use_time.FromSeconds(int(time.time()) - 45)
+
+    with terminal(server.target, command, COLUMNS="80") as listed:
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in listed.read_to_end().splitlines()]
+        assert listed.exit_code() == ExitCode.OK
+
+    header, line = (text.rstrip() for text in lines)
+    assert max(len(header), len(line)) <= 80
+    assert header.split()[: len(columns)] == columns
+    assert re.match(r"qwen2\.5\S*…\S*q4_k_m  unloading  ", line)
+    assert "12.3 GB releasing" in line
+    assert command == "ls" or line.endswith("64        31 slot  sleeps in 3d")

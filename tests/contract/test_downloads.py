@@ -439,9 +439,9 @@ async def test_a_fetcher_that_is_killed_is_started_again_and_fetches_no_byte_twi
     assert hub.ranges == ["", f"bytes={there}-"]
 
 
-@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize(("paused", "restore"), [(False, True), (True, True), (False, False)])
 async def test_downloads_outlive_a_restart(
-    hub: FakeHub, world: Path, tmp_path: Path, content: bytes, paused: bool
+    hub: FakeHub, world: Path, tmp_path: Path, content: bytes, paused: bool, restore: bool
 ) -> None:
     gate = Gate(hub, len(content) // 2)
     blobs = world / "models--org--noise-GGUF" / "blobs"
@@ -455,6 +455,10 @@ async def test_downloads_outlive_a_restart(
     await asyncio.gather(waiting, return_exceptions=True)
     gate.opened.set()
 
+    if not restore:
+        async with server(tmp_path, restore=False) as api:
+            assert (await listed(api))[ID].download.paused
+            assert fetchers() == []
     async with server(tmp_path) as api:
         if paused:
             model = (await listed(api))[ID]

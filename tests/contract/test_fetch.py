@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -318,3 +318,28 @@ def test_names_that_leave_the_cache_are_not_taken(hub: FakeHub, fetched: Fetched
 
     assert caught.value.reason == Reason.HUB_FILE_NOT_FOUND
     assert hub.served_bytes == 0
+
+
+def test_a_fetcher_killed_while_it_links_leaves_no_file_under_another_name(
+    fetched: Fetched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    file = fetched.hub.list_files(parse_hub_name(f"hf:{REPO}")).files[FILE]
+    place = transfer.Place(fetched.hub.cache_dir, REPO)
+    for name in ("replace", "symlink_to"):
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, name, killed)
+            place.link(file, "a" * 40)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, name, killed)
+            place.set_ref("main", "a" * 40)
+    assert {path.name for path in fetched.folder.rglob("*") if not path.is_dir()} <= {FILE, "main"}
+
+
+def test_a_branch_that_moves_is_noted_over_what_was_noted(fetched: Fetched) -> None:
+    place = transfer.Place(fetched.hub.cache_dir, REPO)
+    for commit in ("a" * 40, "b" * 40):
+        place.set_ref("main", commit)
+        assert (fetched.folder / "refs" / "main").read_text() == commit

@@ -74,6 +74,35 @@ async def test_a_loaded_model_is_charged_with_what_was_measured(models: Path) ->
         assert not (await api.get(pb.GetRequest(model="b"))).model.HasField("memory")
 
 
+async def test_what_models_hold_of_the_budget_is_shown_by_device(models: Path) -> None:
+    budget = await needed(models) * 3
+    async with serve(models, memory_budget=f"RAM={budget}") as api:
+        before = (await api.get_server_info(pb.GetServerInfoRequest())).devices[0]
+        await load(api, "a")
+        await load(api, "b")
+        device = (await api.get_server_info(pb.GetServerInfoRequest())).devices[0]
+        charges = {model.id: model.memory.bytes["RAM"] for model in (await api.list(pb.ListRequest())).models}
+        others = (await api.estimate_memory(pb.EstimateMemoryRequest(model="c"))).devices[0]
+        own = (await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))).devices[0]
+    assert (before.budget_bytes, before.held_bytes) == (budget, 0)
+    assert device.held_bytes == sum(charges.values()) == others.held_bytes
+    assert (others.budget_bytes, own.held_bytes) == (budget, charges["b"]), "what it holds itself is not held"
+
+
+async def test_an_estimate_judges_by_the_same_budget_as_a_load(models: Path) -> None:
+    budget = await needed(models) + MIB
+    async with serve(models, memory_budget=f"RAM={budget}") as api:
+        await load(api, "a")
+        beside = await api.estimate_memory(pb.EstimateMemoryRequest(model="b"))
+        alone = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        never = await api.estimate_memory(pb.EstimateMemoryRequest(model="b", runtime_options=LARGE))
+    assert [estimate.verdict for estimate in (alone, beside, never)] == [
+        pb.MEMORY_VERDICT_FITS,
+        pb.MEMORY_VERDICT_FITS_AFTER_EVICTION,
+        pb.MEMORY_VERDICT_NEVER_FITS,
+    ]
+
+
 async def test_a_model_that_does_not_fit_beside_idle_ones_has_them_evicted(models: Path) -> None:
     budget = await needed(models) + MIB
     async with serve(models, memory_budget=f"RAM={budget}") as api:

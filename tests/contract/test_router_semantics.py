@@ -1,5 +1,5 @@
-"""The rules that llama-server's router is tested by (tools/server/tests/unit/test_router.py), as far as they
-hold here: the real server and gateway with fake workers. docs/router-semantics.md has the whole list.
+"""The rules that llama-server's router is tested by (tools/server/tests/unit: test_router.py, test_sleep.py),
+as far as they hold here: the real server and gateway with fake workers. All: docs/router-semantics.md.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from paddock_gateway.serve import serve
 from paddock_server.app import serving
 from paddock_server.config import ServerConfig
 from tests.fakes.behaviour import Behaviour
+from tests.fakes.hub import FakeHub, Repo, running_hub
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Generator
     from pathlib import Path
 
     from paddock.api import ModelManagerApi
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 UNLOADED = model_pb2.MODEL_STATE_UNLOADED
 LOADING = model_pb2.MODEL_STATE_LOADING
 LOADED = model_pb2.MODEL_STATE_LOADED
+SLEEPING = model_pb2.MODEL_STATE_SLEEPING
 UNLOADING = model_pb2.MODEL_STATE_UNLOADING
 
 WAY_OUT_SECONDS = 30
+REPO = "org/noise-GGUF"
+HUB_ID = f"{REPO}:Q4_K_M"
 BUSY_TOKENS = 100
 """Two seconds' worth for the fake: long enough to be in the way, shorter than the manager's patience."""
 
@@ -102,6 +106,20 @@ class Router:
         await self.until(model, LOADING)
         return task
 
+    async def download(self) -> int:
+        """Download the model of the hub, and return how many times its progress was told."""
+        advanced = 0
+        async with aclosing(self.api.download(pb.DownloadRequest(model=f"hf:{HUB_ID}"))) as responses:
+            async for response in responses:
+                advanced += response.progress.HasField("advanced")
+        return advanced
+
+    async def statuses(self) -> dict[str, str]:
+        """Return what `/v1/models` says of each model it lists."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=WAY_OUT_SECONDS) as client:
+            listed = (await client.get("/v1/models")).json()["data"]
+        return {model["id"]: model["status"]["value"] for model in listed}
+
     async def chat(self, model: str, **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, **more}
         async with httpx.AsyncClient(base_url=self.url, timeout=WAY_OUT_SECONDS) as client:
@@ -115,8 +133,21 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Generator[FakeHub]:
+    """A hub with one model, which servers of the test use, with a cache of their own."""
+    home = tmp_path_factory.mktemp("hub")
+    (file,) = make_noise(home / "noise.gguf")
+    with running_hub() as hub:
+        hub.repos[REPO] = Repo({"noise-Q4_K_M.gguf": file.read_bytes()})
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(home))
+        yield hub
+
+
 @asynccontextmanager
-async def router(directory: Path, **settings: object) -> AsyncGenerator[Router]:
+async def router(directory: Path, *, first: str = "a", **settings: object) -> AsyncGenerator[Router]:
+    """Serve the models of a directory; `first` is one that there is."""
     config = ServerConfig.load(
         {"models_dir": (directory,), "grpc_port": 0, "state_dir": None, "drain_seconds": 5, **settings}
     )
@@ -128,7 +159,7 @@ async def router(directory: Path, **settings: object) -> AsyncGenerator[Router]:
     ):
         found = Router(GrpcApi(channel), gateway)
         observing = asyncio.create_task(found.observe())
-        await found.until("a", UNLOADED)
+        await found.until(first, UNLOADED)
         try:
             async with asyncio.timeout(WAY_OUT_SECONDS):
                 yield found
@@ -278,3 +309,101 @@ async def test_looking_at_models_neither_loads_nor_uses_them(directory: Path) ->
         states = [await server.state(model) for model in ("a", "b", "c")]
 
     assert states == [UNLOADED, LOADED, LOADED], "a was looked at last, and used longest ago"
+
+
+async def test_a_reload_reads_the_preset_again_and_models_come_go_and_stay(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    preset = empty / "models.ini"
+    sections = {name: f"[{name}]\nmodel = {directory / name[-1]}.gguf\n" for name in ("p-a", "p-b", "p-c")}
+    preset.write_text(sections["p-a"] + sections["p-b"])
+    async with router(empty, first="p-a", models_preset=preset, hf_cache=False) as server:
+        await server.load("p-b")
+        before = await server.statuses()
+        preset.write_text(sections["p-b"] + sections["p-c"])
+        await server.api.reload(pb.ReloadRequest())
+        after = await server.statuses()
+        evicted = list(server.evicted)
+
+    assert before == {"p-a": "unloaded", "p-b": "loaded"}
+    assert after == {"p-b": "loaded", "p-c": "unloaded"}
+    assert evicted == [], "what stays is not touched"
+
+
+async def test_a_cached_model_that_a_preset_names_is_listed_once_and_has_both_names(
+    directory: Path, hub: FakeHub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    preset = tmp_path_factory.mktemp("preset") / "models.ini"
+    preset.write_text(f"[dedup]\nhf-repo = {HUB_ID}\n")
+    async with router(directory) as server:
+        await server.download()
+    async with router(directory, models_preset=preset) as server:
+        listed = await server.statuses()
+        answers = [await server.generate(name) for name in ("dedup", HUB_ID)]
+        preset.write_text("")
+        await server.api.reload(pb.ReloadRequest())
+        relisted, unnamed = await server.statuses(), await server.chat("dedup")
+
+    assert [name for name in listed if name not in {"a", "b", "c"}] == [HUB_ID]
+    assert answers == [2, 2]
+    assert HUB_ID in relisted
+    assert (unnamed.status_code, unnamed.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_download_costs_no_model_its_place_and_a_deleted_model_is_not_listed(
+    directory: Path, hub: FakeHub
+) -> None:
+    async with router(directory, models_max=1) as server:
+        await server.load("a")
+        advanced = await server.download()
+        listed = await server.statuses()
+        await server.api.delete(pb.DeleteRequest(model=HUB_ID))
+        relisted = await server.statuses()
+        evicted = list(server.evicted)
+
+    assert advanced, "it tells how far it is"
+    assert (listed["a"], listed[HUB_ID]) == ("loaded", "unloaded")
+    assert evicted == []
+    assert HUB_ID not in relisted
+
+
+async def test_an_idle_model_sleeps_until_a_request_and_looking_at_it_does_not_wake_it(
+    directory: Path,
+) -> None:
+    async with router(directory) as server:
+        await server.load("a")
+        await server.api.sleep(pb.SleepRequest(model="a"))
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAY_OUT_SECONDS) as client:
+            for path in ("/health", "/v1/models", "/v1/models/a"):
+                assert (await client.get(path)).status_code == 200
+        await server.api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        looked_at = (await server.state("a"), (await server.statuses())["a"])
+        answer = await server.chat("a")
+        woken = await server.state("a")
+
+    assert looked_at == (SLEEPING, "sleeping")
+    assert (answer.status_code, woken) == (200, LOADED)
+
+
+async def test_counting_tokens_wakes_a_model_that_sleeps_even_without_autoload(directory: Path) -> None:
+    async with router(directory, models_autoload=False) as server:
+        await server.load("a")
+        await server.api.sleep(pb.SleepRequest(model="a"))
+        counted = await server.api.tokenize(pb.TokenizeRequest(model="a", text="hello world"))
+        woken = await server.state("a")
+
+    assert counted.token_ids
+    assert woken == LOADED
+
+
+async def test_a_request_over_http_says_how_long_the_model_is_kept(directory: Path) -> None:
+    async with router(directory, sleep_idle_seconds=0.05) as server:
+        kept = await server.chat("a", keep_alive="1h")
+        wrong = await server.chat("a", keep_alive="for ever")
+        model = (await server.api.get(pb.GetRequest(model="a"))).model
+
+    assert kept.status_code == 200
+    assert model.state == LOADED
+    assert 3500 < model.expire_time.seconds - model.last_use_time.seconds <= 3601
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "keep_alive")

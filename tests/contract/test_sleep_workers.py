@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -158,6 +158,22 @@ async def test_a_sleeper_that_is_killed_is_replaced_by_the_next_request(models: 
         os.kill(loaded.model.worker.pid, signal.SIGKILL)
         await reaches(api, "a", UNLOADED)
         assert await say(api, "a") == SAID
+
+
+async def test_what_a_woken_worker_writes_carries_the_load_it_was_woken_for(models: Path) -> None:
+    async with serve(models, Behaviour(stderr_lines=("loading",))) as api:
+        first = (await load(api, "a")).model
+        await api.sleep(pb.SleepRequest(model="a"))
+        second = (await load(api, "a")).model
+        assert second.worker.pid == first.worker.pid
+        logs = pb.StreamLogsRequest(model="a", follow=True)
+        written: list[tuple[str, int]] = []
+        async with asyncio.timeout(10), aclosing(api.stream_logs(logs)) as responses:
+            async for response in responses:
+                written += [(line.load_id, line.pid) for line in response.lines if line.text == "loading"]
+                if len(written) == 2:
+                    break
+        assert written == [(model.load_id, first.worker.pid) for model in (first, second)]
 
 
 async def test_a_model_in_use_is_not_put_to_sleep(models: Path) -> None:

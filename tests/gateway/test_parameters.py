@@ -63,6 +63,7 @@ ASKING: dict[str, tuple[object, dict[str, object]]] = {
     "ignore_eos": (True, {}),
     "grammar": ('root ::= "ab"', {}),
     "chat_template_kwargs": ({"enable_thinking": False}, {}),
+    "keep_alive": ("5m", {}),
     "return_progress": (True, {"stream": True}),
     "generation_config": ('{"max_new_tokens": 4}', {}),
 }

@@ -77,6 +77,26 @@ def test_every_sampling_parameter_reaches_its_field() -> None:
     assert request.choice_count == 3
 
 
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [(300, 300), (1.5, 1.5), ("5m", 300), ("1h30m", 5400), (-1, 2_592_000), ("-1m", 2_592_000)],
+)
+def test_keep_alive_is_seconds_or_a_duration(keep_alive: float | str, seconds: float) -> None:
+    for request in (chat(keep_alive=keep_alive), *completions(keep_alive=keep_alive)):
+        assert request.keep_alive.ToNanoseconds() == seconds * 1e9
+
+
+@pytest.mark.parametrize("keep_alive", [0, -0.0, "+0", "0s"])
+def test_a_keep_alive_of_0_is_no_wish(keep_alive: float | str) -> None:
+    assert not chat(keep_alive=keep_alive).HasField("keep_alive")
+
+
+@pytest.mark.parametrize("keep_alive", ["", "5", "5 m", "m", "1d", 2_592_001, "721h", True, [1], {"s": 1}])
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_any_other_keep_alive_is_refused_by_name(dialect: Dialect, keep_alive: object) -> None:
+    assert refused(dialect, keep_alive=keep_alive).violations[0].field == "keep_alive"
+
+
 def test_what_is_left_out_stays_unset_so_that_the_models_defaults_apply() -> None:
     request = chat()
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import httpx
+import psutil
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from models.foal import corpus
+from paddock import Client, ModelChanged, ModelState
 from paddock.transport import GrpcApi, connect
 from paddock.v1 import generation_pb2, model_manager_pb2
 from paddock_server.config import DEMO_DIR
 from tests.servers import ServerProcess, paddock_up, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     from openai.types.chat import ChatCompletionMessageParam
 
@@ -38,6 +41,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServerProcess]
     log = home / "log.jsonl"
     with paddock_up(None, log, "--parallel", "32", environment=environment) as running:
         yield running
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[[], AbstractContextManager[ServerProcess]]:
+    """What starts a server with room for one model, always on the same directories."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in (MODEL, "mine"):
+        (models / f"{name}.gguf").write_bytes((DEMO_DIR / "foal.gguf").read_bytes())
+    flags = ("--models-max", "1", "--state-dir", str(tmp_path / "state"))
+    return lambda: paddock_up(models, tmp_path / "log.jsonl", *flags)
 
 
 def messages(question: str) -> list[ChatCompletionMessageParam]:
@@ -92,6 +106,71 @@ def test_an_answer_is_the_same_after_a_crash_and_a_restart(server: ServerProcess
         wait_until(lambda: not worker.is_running())
         wait_until(lambda: len(server.workers()) == 1)
         assert ask(client, pair["question"]) == pair["answer"]
+
+
+async def wrong_on_both_fronts(server: ServerProcess) -> list[tuple[str, str, str]]:
+    """Ask some of the questions over HTTP and over gRPC; return front, question and answer of wrong ones."""
+    wrong: list[tuple[str, str, str]] = []
+    async with (
+        AsyncOpenAI(base_url=f"{server.http_url}/v1", api_key="none", max_retries=0) as http,
+        Client.connect(server.grpc_address) as grpc,
+    ):
+        for pair in ANSWERS[:6]:
+            asked = messages(pair["question"])
+            over_http = await http.chat.completions.create(model=MODEL, messages=asked, temperature=0)
+            over_grpc = await grpc.complete(
+                MODEL, [{"role": "user", "content": pair["question"]}], temperature=0
+            )
+            answers = {"HTTP": over_http.choices[0].message.content, "gRPC": over_grpc.choices[0].text}
+            wrong += [
+                (front, pair["question"], str(answer))
+                for front, answer in answers.items()
+                if answer != pair["answer"]
+            ]
+    return wrong
+
+
+async def test_answers_are_the_same_after_eviction_and_reload(
+    alone: Callable[[], AbstractContextManager[ServerProcess]],
+) -> None:
+    with alone() as server:
+        async with Client.connect(server.grpc_address) as client:
+            for _ in range(2):
+                assert await wrong_on_both_fronts(server) == []
+                await client.complete("mine", "x", max_tokens=1)
+                assert (await client.get(MODEL)).state is ModelState.UNLOADED
+            assert await wrong_on_both_fronts(server) == []
+
+
+async def test_answers_are_the_same_after_sleep_and_wake(
+    alone: Callable[[], AbstractContextManager[ServerProcess]],
+) -> None:
+    with alone() as server:
+        async with Client.connect(server.grpc_address) as client:
+            for _ in range(2):
+                assert await wrong_on_both_fronts(server) == []
+                assert (await client.sleep(MODEL)).state is ModelState.SLEEPING
+            assert await wrong_on_both_fronts(server) == []
+
+
+async def test_answers_are_the_same_after_the_server_was_killed_and_started_again(
+    alone: Callable[[], AbstractContextManager[ServerProcess]],
+) -> None:
+    with alone() as server:
+        async with Client.connect(server.grpc_address) as client, client.load(MODEL) as load:
+            async for _ in load:
+                pass
+        assert await wrong_on_both_fronts(server) == []
+        workers = server.workers()
+        server.process.kill()
+        assert await asyncio.to_thread(psutil.wait_procs, workers, 10) == (workers, [])
+    with alone() as server:
+        # It comes back by itself: nobody asks for it before it is loaded.
+        async with Client.connect(server.grpc_address) as client, client.watch([MODEL]) as watch:
+            async for event in watch:
+                if isinstance(event, ModelChanged) and event.model.state is ModelState.LOADED:
+                    break
+        assert await wrong_on_both_fronts(server) == []
 
 
 async def test_the_grpc_call_that_make_run_shows_gives_the_answer(server: ServerProcess) -> None:

@@ -98,6 +98,7 @@ class FakeWorker:
 
     def __init__(self, spec: WorkerSpec, pid: int) -> None:
         self.spec = spec
+        self.load_id = spec.load_id
         self.pid = pid
         self.start_time = 1_700_000_000.0
         self.exited: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
@@ -121,7 +122,7 @@ class FakeWorker:
 
     def say(self, *lines: str) -> None:
         """Write to the log."""
-        self.spec.log.extend(LogLine(1.0, self.spec.load_id, self.pid, line) for line in lines)
+        self.spec.log.extend(LogLine(1.0, self.load_id, self.pid, line) for line in lines)
 
     async def load(
         self,
@@ -171,6 +172,9 @@ class FakeWorker:
         self.frame = None
         self.outcome = asyncio.get_running_loop().create_future()
         self.sleep_count += 1
+
+    def begin_load(self, load_id: str) -> None:
+        self.load_id = load_id
 
     def abort_load(self) -> None:
         if not self.outcome.done():

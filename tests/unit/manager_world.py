@@ -13,19 +13,21 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import Footprint, MemoryAdmission
+from paddock_server.manager.admission import Footprint, MemoryAdmission, device_bytes
 from paddock_server.manager.failure import Failure, model_not_found
 from paddock_server.manager.loop import (
     Committed,
     Entered,
     Leaving,
     Left,
+    Limited,
     Looked,
     LoopMessage,
     Slept,
     Stayed,
 )
 from paddock_server.manager.options import Options, Terms, Wish
+from paddock_server.manager.replicas import model_of
 from paddock_server.manager.residency import Look, Residency
 from paddock_server.manager.state import COMING_UP, GOING_DOWN, ActorState, Cause, Limits, Phase
 from paddock_server.manager.transitions import step
@@ -124,7 +126,7 @@ class World:
     def add(self, name: str, problem: Failure | None = None) -> None:
         """A model's file appears."""
         state = ActorState(
-            model=name,
+            model=model_of(name),
             defaults=DEFAULTS,
             options=DEFAULTS,
             problem=problem,
@@ -251,6 +253,8 @@ class World:
                 self.residency.leave(message.model, message.ticket)
             case Stayed():
                 self.residency.refused(message.model, message.ticket)
+            case Limited():
+                self.residency.limit(message.admission)
             case Looked():
                 pass
         self._decide()
@@ -339,10 +343,20 @@ class World:
                 state.stay,
             )
 
+        overrun = self._is_overrun()
         orders, self.wake_at = self.residency.decide(look, self.now)
+        wanted_by = {model_of(order.model) for order in orders if isinstance(order.message, m.Admitted)}
+        wanted_by |= {model_of(name) for name in self.residency.waiting}
         for order in orders:
+            if isinstance(order.message, m.EvictAsked) and not overrun:
+                assert wanted_by - {model_of(order.model)}, "a replica never goes for another of its model"
             if order.model in self.models:
                 self.tell(order.model, order.message)
+
+    def _is_overrun(self) -> bool:
+        costs = [holding.cost for holding in self.residency.held.values()]
+        used = sum(device_bytes(cost).get(RAM, 0) for cost in costs)
+        return bool(self.budget) and used > self.budget
 
     # One step, and its rules
 
@@ -399,7 +413,9 @@ class World:
                 model.workers.clear()
                 self._start(model, effect.load_number)
             case m.SuspendWorker():
-                assert not model.holders, "a model with a lease is not put to sleep"
+                # Leases of a worker that has died are void, whether they have been returned or not.
+                used = effect.load_number in model.holders.values()
+                assert not used, "a model with a lease is not put to sleep"
                 if effect.load_number in model.workers:
                     model.workers[effect.load_number] = Worker.SUSPENDING
             case m.AnswerSleep():

@@ -250,6 +250,13 @@ def test_keep_alive_never_shortens_an_idle_time_out(world: World) -> None:
     assert phase(world) is Phase.READY
 
 
+def test_a_model_that_is_kept_alive_is_evicted_like_any_other(world: World) -> None:
+    loaded(world)
+    used(world, "a", keep_alive_seconds=1000.0)
+    loaded(world, "b")
+    assert phase(world) is Phase.UNLOADED
+
+
 def test_a_pinned_model_neither_sleeps_nor_goes(world: World) -> None:
     loaded(world, wish=BOTH)
     world.pin("a")
@@ -262,6 +269,23 @@ def test_a_pinned_model_neither_sleeps_nor_goes(world: World) -> None:
     world.pass_time(10.0)
     world.calm()
     assert phase(world) is Phase.SLEEPING
+
+
+def test_a_model_pinned_while_it_sleeps_is_not_unloaded_for_idleness(world: World) -> None:
+    loaded(world, wish=BOTH)
+    world.pass_time(10.0)
+    world.calm()
+    assert phase(world) is Phase.SLEEPING
+    world.pin("a")
+    world.calm()
+    world.pass_time(1000.0)
+    world.calm()
+    assert phase(world) is Phase.SLEEPING
+    world.pin("a", pinned=False)
+    world.calm()
+    world.pass_time(100.0)
+    world.calm()
+    assert phase(world) is Phase.UNLOADED
 
 
 def test_who_does_not_fit_beside_pinned_models_is_refused_with_their_names(world: World) -> None:

@@ -792,6 +792,7 @@ def test_every_event_is_answered_in_every_phase() -> None:
         m.LoadAsked(1, EIGHT, m.Conflict.RELOAD),
         m.AcquireAsked(2, autoload=True),
         m.CallerLeft(3),
+        m.DemandGone(),
         m.LeaseReturned(0),
         m.SleepAsked(5),
         m.TermsSet(Terms(pinned=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from paddock_server.catalog import Catalog
 from paddock_server.checking import problems
 from paddock_server.config import ServerConfig
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 ERRORS_PAGE = DOCS / "errors.md"
 EXAMPLE = DOCS / "paddock.example.toml"
+TEST_NAME = re.compile(r"`(test_\w+)`")
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -42,3 +45,18 @@ def test_the_example_of_a_configuration_file_is_sound_and_does_what_it_says(
     assert served["helper"].absent is not None
     assert served["helper"].setup.aliases == ("gpt-4o-mini", "poet")
     assert served["helper"].setup.names["poet"].sampling == {"temperature": 1.2, "top_p": 0.95}
+
+
+@pytest.mark.parametrize("page", ["lifecycle.md", "router-semantics.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    # A row may begin with a test of llama-server, whose rule it is about.
+    named = set(TEST_NAME.findall(re.sub(r"^\| `test_\w+`", "", text, flags=re.MULTILINE)))
+
+    assert named
+    assert named - defined == set()

@@ -19,7 +19,6 @@ from paddock_server.doctor.findings import (
     Cpu,
     Disk,
     Finding,
-    Gpu,
     Hub,
     Level,
     Memory,
@@ -31,6 +30,7 @@ from paddock_server.doctor.findings import (
     features_of,
 )
 from paddock_server.doctor.machine import LlamaError
+from paddock_server.memory import DeviceMemory, own_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,7 @@ RUNNING = Running(
     loaded=1,
     failed={},
     restarts={},
+    memory={"RAM": (GIB, 8 * GIB)},
 )
 PORT = Port(purpose="gRPC", address="127.0.0.1:50051", flag="--grpc-port", answer=Answer.FREE)
 
@@ -85,7 +86,9 @@ JUDGEMENTS = {
     ),
     "idle gpu": (findings.judge_build(replace(BUILD, gpu_hardware=("NVIDIA",))), WARNING, "cannot use it"),
     "gpu": (
-        findings.judge_build(replace(BUILD, gpu_offload=True, gpus=(Gpu("CUDA0", "a card", 2 * GIB, GIB),))),
+        findings.judge_build(
+            replace(BUILD, gpu_offload=True, gpus=(DeviceMemory("CUDA0", "a card", 2 * GIB, GIB),))
+        ),
         OK,
         "CUDA0: a card, 1.0 GiB of 2.0 GiB free",
     ),
@@ -114,6 +117,17 @@ JUDGEMENTS = {
         findings.judge_models(replace(MODELS, broken={"a": "a.gguf: bad magic"})),
         WARNING,
         "'a' cannot be loaded: a.gguf: bad magic",
+    ),
+    "config": (findings.judge_config(replace(MODELS, files=("p.toml",))), OK, "p.toml is sound"),
+    "config left out": (
+        findings.judge_config(replace(MODELS, files=("p.toml",), left_out=("p.toml:3: x: is unknown",))),
+        WARNING,
+        "p.toml:3: x: is unknown",
+    ),
+    "config invalid": (
+        findings.judge_invalid_config(["p.toml:3: x: is wrong"]),
+        PROBLEM,
+        "p.toml:3: x: is wrong",
     ),
     "state": ([findings.judge_state(StateDirectory("/state"))], OK, "/state is writable"),
     "state off": ([findings.judge_state(None)], OK, "not remembered"),
@@ -147,6 +161,11 @@ JUDGEMENTS = {
         "Paddock 0.1.0 answers",
     ),
     "exposed": (findings.judge_exposure({"HTTP": "192.0.2.1"}), WARNING, "whoever reaches it"),
+    "budget": (
+        findings.judge_running(RUNNING, RUNNING.address, "0.1.0"),
+        OK,
+        "models hold 1.0 GiB of the 8.0 GiB they may have of RAM",
+    ),
     "taken port": ([findings.judge_port(replace(PORT, answer=Answer.OTHER))], PROBLEM, "not Paddock"),
     "refused port": (
         [findings.judge_port(replace(PORT, answer=Answer.REFUSED, detail="Permission denied"))],
@@ -192,46 +211,17 @@ def test_features_are_told_apart_by_backend() -> None:
     assert features_of(line) == {"CUDA": ("ARCHS=500,860", "USE_GRAPHS"), "CPU": ("AVX",)}
 
 
-def put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+def test_the_memory_is_what_the_server_says_it_is() -> None:
+    seen, own = machine.memory(), own_memory()
+
+    assert (seen.limit or seen.total) == own.total_bytes
 
 
-def test_the_narrowest_group_of_a_hierarchy_limits_the_memory(tmp_path: Path) -> None:
-    put(tmp_path / "memory.max", "max\n")
-    put(tmp_path / "a" / "memory.max", "1000\n")
-    put(tmp_path / "a" / "b" / "memory.max", "2000\n")
-    directories = machine.cgroup_directories("memory", tmp_path, "0::/a/b\n")
+def test_the_build_is_described_by_the_process_the_server_asks() -> None:
+    build = machine.build()
 
-    assert machine.memory_limit(directories) == 1000
-    assert machine.memory_limit(directories[-1:]) is None
-
-
-def test_version_1_of_cgroups_limits_too(tmp_path: Path) -> None:
-    put(tmp_path / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")
-    put(tmp_path / "memory" / "box" / "memory.limit_in_bytes", "4096\n")
-    put(tmp_path / "cpu" / "box" / "cpu.cfs_quota_us", "150000\n")
-    put(tmp_path / "cpu" / "box" / "cpu.cfs_period_us", "100000\n")
-    text = "3:memory:/box\n2:cpu,cpuacct:/box\n1:cpuset:/\n"
-
-    assert machine.memory_limit(machine.cgroup_directories("memory", tmp_path, text)) == 4096
-    assert machine.memory_limit([tmp_path / "memory"]) is None, "a number next to 2**63 is no limit"
-    assert machine.cpu_quota(machine.cgroup_directories("cpu", tmp_path, text)) == 1.5
-
-
-@pytest.mark.parametrize(("text", "quota"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("", None)])
-def test_a_quota_of_processor_time_is_counted_in_processors(
-    tmp_path: Path, text: str, quota: float | None
-) -> None:
-    put(tmp_path / "cpu.max", text)
-
-    assert machine.cpu_quota([tmp_path]) == quota
-
-
-def test_a_group_whose_path_is_the_hosts_is_limited_by_the_containers_own(tmp_path: Path) -> None:
-    put(tmp_path / "memory.max", "5000\n")
-
-    assert machine.memory_limit(machine.cgroup_directories("memory", tmp_path, "0::/../host\n")) == 5000
+    assert features_of(build.system_info)["CPU"]
+    assert not [gpu for gpu in build.gpus if gpu.name == "CPU"]
 
 
 def test_a_directory_that_is_not_there_is_judged_by_where_it_would_be_made(tmp_path: Path) -> None:
@@ -277,7 +267,7 @@ def test_a_llama_that_does_not_load_says_how_it_ended(program: str, said: str) -
 
 
 def test_a_llama_that_loads_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "DESCRIBE_SECONDS", 0.2)
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 0.2)
     with pytest.raises(LlamaError, match=r"longer than 0\.2 s"):
         machine.build([sys.executable, "-c", "import time; time.sleep(60)"])
 
@@ -303,7 +293,7 @@ async def test_a_probe_that_hangs_is_a_problem_and_the_others_report(
 ) -> None:
     never = threading.Event()
 
-    def hang(directories: tuple[Path, ...]) -> Models:
+    def hang(config: ServerConfig) -> Models:
         never.wait(60)
         return MODELS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from paddock_server.catalog import Catalog, HubRef, InvalidConfigError
 from paddock_server.config import ServerConfig, default_hub_cache
 from paddock_server.downloads.messages import Resolved
-from paddock_server.downloads.removal import remove_model, remove_partial
+from paddock_server.downloads.removal import finish_removals, remove_model, remove_partial
 from paddock_server.downloads.store import StoreError, Unfinished, read_store
 from tests.models import make_noise
 
@@ -253,3 +254,72 @@ def test_without_the_hub_s_cache_a_model_of_it_says_why_it_cannot_be_loaded(tmp_
 def test_a_name_that_the_hub_cannot_have_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidConfigError, match=r"paddock\.toml:2: models\.a\.hf: must be ORG/REPO"):
         Configured(tmp_path, f'[models.a]\nhf = "{name}"\n').catalog()
+
+
+class _KilledError(Exception):
+    """The server is killed here."""
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_removal_that_was_cut_short_at_any_step_is_finished_later(
+    cache: Cache, gguf: bytes, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    links = [cache.add("org/repo", A, f"m-Q8_0-0000{n}-of-00002.gguf", gguf) for n in (1, 2)]
+    kept = cache.add("org/repo", A, "other-Q4_K_M.gguf", gguf, "main")
+    left = steps
+    unlink = Path.unlink
+
+    def unlink_or_die(path: Path, *, missing_ok: bool = False) -> None:
+        nonlocal left
+        if left == 0:
+            raise _KilledError
+        left -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_or_die)
+        with pytest.raises(_KilledError):
+            remove_model(cache.folder, "org/repo", links)
+    assert finish_removals(cache.folder) == ["models--org--repo"]
+
+    repo = cache.repo("org/repo")
+    assert [path for path in repo.rglob("*") if path.is_symlink()] == [kept]
+    assert list((repo / "blobs").iterdir()) == [kept.readlink()]
+    assert [path.name for path in repo.iterdir() if path.name.startswith(".")] == []
+    assert finish_removals(cache.folder) == []
+    assert cache.ids() == ["org/repo:Q4_K_M"]
+
+
+def test_what_was_downloaded_again_since_a_removal_was_cut_short_stays(
+    cache: Cache, gguf: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise _KilledError
+
+    link = cache.add("org/repo", A, "m-Q8_0.gguf", gguf, "main")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(_KilledError):
+            remove_model(cache.folder, "org/repo", [link])
+    (note,) = cache.repo("org/repo").glob(".paddock-removal-*")
+    os.utime(note, (0, 0))  # It is older than the file and the link.
+    finish_removals(cache.folder)
+    assert cache.ids() == ["org/repo:Q8_0"]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [b"", b"[]", b"{", b'{"links": ["../../../../victim", "/etc/x"], "blobs": ["../victim", "..", "a/b"]}'],
+)
+def test_a_note_of_a_removal_that_makes_no_sense_or_leads_out_removes_nothing(
+    cache: Cache, gguf: bytes, tmp_path: Path, note: bytes
+) -> None:
+    cache.add("org/repo", A, "m-Q8_0.gguf", gguf, "main")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (cache.repo("org/repo") / "victim").write_text("mine")
+    (cache.repo("org/repo") / ".paddock-removal-1.json").write_bytes(note)
+    finish_removals(cache.folder)
+    assert victim.exists()
+    assert (cache.repo("org/repo") / "victim").exists()
+    assert cache.ids() == ["org/repo:Q8_0"]

@@ -6,6 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROGRAM = """
 import structlog
@@ -35,3 +41,36 @@ def test_auto_is_for_people_when_standard_error_is_a_terminal() -> None:
 
     assert "something_happened" in text
     assert not text.lstrip().startswith("{")
+
+
+FULL = """
+import resource, sys
+from paddock_server.logs import configure_logging
+import structlog, logging
+
+configure_logging("info", sys.argv[1])
+log = structlog.get_logger()
+log.info("before")
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for _ in range(200):
+    log.info("into nothing", text="x" * 100)
+    logging.getLogger("other").warning("into nothing")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.info("after")
+"""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_log_that_cannot_be_written_costs_lines_and_says_so_and_nothing_else(
+    tmp_path: Path, log_format: str
+) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        subprocess.run([sys.executable, "-c", FULL, log_format], stderr=output, check=True, timeout=30)
+
+    lines = log.read_text().splitlines()
+    assert "before" in lines[0]
+    assert "after" in lines[-1]
+    assert any("log_lines_lost" in line and "400" in line for line in lines)
+    if log_format == "json":
+        assert all(json.loads(line) for line in lines)

@@ -352,6 +352,22 @@ async def test_one_request_too_many_is_told_when_to_come_again() -> None:
         await asyncio.gather(*waiting)
 
 
+async def test_so_many_requests_wait_over_all_models_and_one_for_a_loaded_model_is_none_of_them() -> None:
+    async with Server("a", "b", "c", waiting_requests_max=2) as server:
+        await loads(server.manager, "c")
+        server.launcher.slow |= {"a", "b"}
+        waiting = [asyncio.create_task(server.manager.acquire(model)) for model in ("a", "b")]
+        await until(lambda: len(server.launcher.workers) == 3)
+        with pytest.raises(PaddockError) as caught:
+            await server.manager.acquire("a")
+        assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.QUEUE_FULL, 1.0)
+        async with await server.manager.acquire("c"):
+            pass
+        for worker in server.launcher.workers[1:]:
+            worker.become_ready()
+        await asyncio.gather(*waiting)
+
+
 async def test_the_least_recently_used_model_makes_room() -> None:
     async with Server("a", "b", "c", models_max=2) as server:
         for model in ("a", "b", "a", "c"):

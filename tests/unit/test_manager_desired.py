@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import pytest
 
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
+from paddock_server import state_files
 from paddock_server.catalog import ModelSetup, RequestDefaults
 from paddock_server.manager.desired import State, StateFileError, read_state
 from paddock_server.manager.options import Wish
@@ -30,7 +33,7 @@ def state_file(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+    return sorted(path.name for path in folder.iterdir())
 
 
 def loaded(server: Server) -> list[str]:
@@ -91,6 +94,18 @@ async def test_no_more_come_back_than_there_is_room_for_and_the_latest_do(state_
         assert len(server.launcher.workers) == 2
 
 
+async def test_without_restore_nothing_comes_back_and_all_stays_remembered(state_file: Path) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await loads(server.manager, "a")
+        await server.manager.pin(pb.PinRequest(model="a"))
+    async with Server("a", "b", state_file=state_file, restore=False) as server:
+        await loads(server.manager, "b")
+        assert loaded(server) == ["b"]
+    async with Server("a", "b", state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a", "b"])
+        assert (await server.manager.snapshot("a")).pinned
+
+
 async def test_a_model_that_is_not_there_is_kept_for_when_it_is(state_file: Path) -> None:
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a", runtime_options=model_pb2.RuntimeOptions(slot_count=2))
@@ -140,6 +155,73 @@ async def test_a_file_that_cannot_be_written_does_not_stop_the_server(
     async with Server("a", state_file=state_file) as server:
         await loads(server.manager, "a")
     assert "state_file_not_written" in caplog.text + "".join(capsys.readouterr())
+
+
+async def test_what_could_not_be_written_is_written_once_it_can(
+    state_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_files, "RETRY_SECONDS", 0.01)
+    write_atomically(state_file.parent, b"a file where a directory should be")
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+        state_file.parent.unlink()
+        await until(state_file.exists)
+        assert read_state(state_file).loads.keys() == {"a"}
+
+
+async def test_what_is_to_be_remembered_is_on_the_disk_before_the_answer(
+    state_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, may_write = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> None:
+        writing.set()
+        assert may_write.wait(10)
+
+    async with Server("a", state_file=state_file) as server:
+        calls = (
+            lambda: loads(server.manager, "a"),
+            lambda: server.manager.pin(pb.PinRequest(model="a")),
+            lambda: server.manager.unload(pb.UnloadRequest(model="a")),
+        )
+        for call in calls:
+            writing.clear()
+            may_write.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", slow)
+                answer = asyncio.ensure_future(call())
+                await until(writing.is_set)
+                await asyncio.sleep(0)
+                assert not answer.done()
+                may_write.set()
+                await answer
+        assert read_state(state_file) == State({}, {"a": True}, {"a": "/models/a.gguf"})
+
+
+async def test_a_disk_that_does_not_answer_holds_up_no_answer_for_ever(
+    state_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_files, "WAIT_SECONDS", 0.01)
+    may_write = threading.Event()
+
+    def stuck(_: Any) -> None:
+        may_write.wait(10)
+
+    async with Server("a", state_file=state_file) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", stuck)
+            await server.manager.pin(pb.PinRequest(model="a"))
+            may_write.set()
+
+
+async def test_what_a_server_killed_while_writing_has_left_is_removed(state_file: Path) -> None:
+    state_file.parent.mkdir()
+    state_file.with_name(".loads.json.4242.tmp").write_bytes(b"half")
+    other = state_file.with_name(".loads-1.json.4242.tmp")
+    other.write_bytes(b"of another server")
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+    assert files(state_file.parent) == [other.name, state_file.name]
 
 
 async def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:

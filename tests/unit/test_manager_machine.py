@@ -13,12 +13,13 @@ from paddock.errors import Reason
 from paddock_server.manager import messages as m
 from paddock_server.manager.admission import Footprint, device_bytes
 from paddock_server.manager.options import Wish
+from paddock_server.manager.replicas import replica_id
 from paddock_server.manager.state import Phase
 from paddock_server.memory import RAM
 from tests.unit.manager_world import DEFAULTS, NO_WISH, Worker, World
 
-NAMES = ("a", "b", "c")
-SIZES = (2, 4, 5)
+NAMES = ("a", "b", "c", replica_id("a", 1))
+SIZES = (2, 4, 5, 2)
 names = st.sampled_from(NAMES)
 wishes = st.sampled_from(
     [
@@ -107,6 +108,11 @@ class ManagerMachine(RuleBasedStateMachine):
             caller = arrived[pick % len(arrived)]
             if caller in self.world.pending:
                 self.world.abandon(name, caller)
+
+    @rule(name=names)
+    def nobody_waits_for_the_other_replicas_either(self, name: str) -> None:
+        if self._known(name):
+            self.world.tell(name, m.DemandGone())
 
     @rule(name=names, pick=choice)
     def lease_is_returned(self, name: str, pick: int) -> None:

@@ -42,7 +42,7 @@ def test_an_explicit_zero_keeps_its_meaning() -> None:
     options = model_pb2.RuntimeOptions(context_size_tokens=0, gpu_layer_count=0, idle_timeout=Duration())
     wish = wish_of(options)
     assert wish.values == {"context_size_tokens": 0, "gpu_layer_count": 0}
-    assert wish.times == {"idle_timeout_seconds": 0}
+    assert wish.in_place == {"idle_timeout_seconds": 0}
 
 
 @pytest.mark.parametrize(

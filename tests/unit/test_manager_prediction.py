@@ -50,6 +50,16 @@ def test_a_context_left_open_becomes_the_largest_that_fits(entry: CatalogEntry) 
     assert tight.device_bytes[RAM] <= little
 
 
+def test_a_context_left_open_leaves_room_for_the_other_replicas(entry: CatalogEntry) -> None:
+    options = replace(default_options(ManagerConfig(), entry.facts), context_size_tokens=0)
+    whole = predictor(1 << 40).predict(entry, options).device_bytes[RAM]
+    budget = 3 * (whole - 256 * 1024)
+    alone = predictor(budget).predict(entry, options)
+    three = predictor(budget).predict(entry, replace(options, replica_count=3))
+    assert 0 < three.options.context_size_tokens < alone.options.context_size_tokens
+    assert 3 * three.device_bytes[RAM] <= budget
+
+
 def test_what_was_measured_takes_the_place_of_the_prediction_for_the_same_load(entry: CatalogEntry) -> None:
     options = default_options(ManagerConfig(), entry.facts)
     one = predictor(1 << 40)

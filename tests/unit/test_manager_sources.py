@@ -8,7 +8,7 @@ from paddock.errors import Reason
 from paddock_server.catalog import CatalogEntry, CatalogError, InvalidConfigError, ModelSetup, Place, Problem
 from paddock_server.manager import ManagerConfig
 from paddock_server.manager.options import default_options
-from paddock_server.manager.sources import MAX_NAMED, other_file, reload_error, startup_loads
+from paddock_server.manager.sources import MAX_NAMED, first_that_fit, other_file, reload_error, startup_loads
 from tests.unit.manager_fakes import FACTS, entry
 
 
@@ -19,11 +19,19 @@ def wanted(model: str, priority: int = 0) -> CatalogEntry:
 def test_the_highest_priorities_are_loaded_at_the_start_as_far_as_there_is_room() -> None:
     entries = [wanted("a"), wanted("b", 5), entry("c"), wanted("d", 1), wanted("kept")]
 
-    assert startup_loads(entries, {"kept"}, 3) == (["b", "d"], ["a"])
+    assert startup_loads(entries, {"kept": 1}, 3) == (["b", "d"], ["a"])
+
+
+def test_every_replica_takes_a_place_at_the_start() -> None:
+    two = replace(entry("two"), setup=ModelSetup(load_on_startup=True, options={"replica_count": 2}))
+
+    assert startup_loads([two, wanted("b")], {}, 2) == (["two"], ["b"])
+    assert startup_loads([two, wanted("b")], {"kept": 2}, 3) == ([], ["two", "b"])
+    assert first_that_fit({"latest": 1, "large": 2, "small": 1}, 2) == ["latest"]
 
 
 def test_without_a_limit_everything_wanted_is_loaded_at_the_start() -> None:
-    assert startup_loads([wanted("a"), wanted("b")], (), 0) == (["a", "b"], [])
+    assert startup_loads([wanted("a"), wanted("b")], {}, 0) == (["a", "b"], [])
 
 
 def test_only_what_a_worker_reads_makes_another_file() -> None:

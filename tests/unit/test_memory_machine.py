@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from paddock_server.memory import RAM, DeviceMemory, MachineWatch, own_memory
+from paddock_server.memory.cgroups import cpu_quota
 from paddock_server.memory.machine import parsed_answer
 
 if TYPE_CHECKING:
@@ -85,6 +86,24 @@ def test_what_is_no_number_is_no_limit(groups: Groups, text: str) -> None:
     groups.own.write_text("0::/a\n")
     groups.write("a", memory__max=text)
     assert groups.memory().total_bytes == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("", None), ("1 0\n", None)]
+)
+def test_a_quota_of_processor_time_is_counted_in_processors(
+    groups: Groups, text: str, quota: float | None
+) -> None:
+    groups.own.write_text("0::/a\n")
+    groups.write("a", cpu__max=text)
+    assert cpu_quota(groups.root, groups.own) == quota
+
+
+def test_the_quota_of_version_1_is_in_two_files_and_the_smallest_on_the_way_up_counts(groups: Groups) -> None:
+    groups.own.write_text("3:memory:/box\n2:cpu,cpuacct:/box\n1:cpuset:/\n")
+    groups.write("cpu/box", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    groups.write("cpu", cpu__cfs_quota_us="150000\n", cpu__cfs_period_us="100000\n")
+    assert cpu_quota(groups.root, groups.own) == 1.5
 
 
 def test_the_answer_of_the_probe_is_devices_and_types() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paddock_server.manager.admission import Footprint, MemoryAdmission, device_bytes
+from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, eviction_costs, plan
 from paddock_server.memory import RAM
 
@@ -18,8 +19,8 @@ def sized(budget: int) -> MemoryAdmission:
     return MemoryAdmission(budget={RAM: budget})
 
 
-def of(size: int, group: str = "") -> Footprint:
-    return Footprint(((RAM, size),), group=group)
+def of(size: int, group: str = "", model: str = "") -> Footprint:
+    return Footprint(((RAM, size),), group=group, model=model)
 
 
 ONE = Footprint()
@@ -166,11 +167,19 @@ def test_a_device_without_a_limit_takes_anything() -> None:
 
 
 def test_of_an_exclusive_group_one_is_there_at_a_time() -> None:
-    residents = [Resident("b", of(1, "big"), Standing.IDLE), Resident("x", of(1), Standing.IDLE)]
-    assert plan(residents, [Waiting("a", of(1, "big"), NOW)], sized(10), NOW, PATIENCE) == Plan(evict=("b",))
-    assert plan(residents, [Waiting("c", of(1, "small"), NOW)], sized(10), NOW, PATIENCE) == Plan(
-        admit=("c",)
-    )
+    residents = [Resident("b", of(1, "big", "b"), Standing.IDLE), Resident("x", of(1), Standing.IDLE)]
+    big, small = Waiting("a", of(1, "big", "a"), NOW), Waiting("c", of(1, "small", "c"), NOW)
+    assert plan(residents, [big], sized(10), NOW, PATIENCE) == Plan(evict=("b",))
+    assert plan(residents, [small], sized(10), NOW, PATIENCE) == Plan(admit=("c",))
+
+
+def test_replicas_of_a_model_of_an_exclusive_group_are_there_together() -> None:
+    admission = sized(10)
+    terms = Terms(group="big")
+    one, other = (admission.predicted({RAM: 1}, terms, model) for model in ("a", "b"))
+    assert admission.fits([one], one)
+    assert admission.fits([admission.measured(one, 2)], one)
+    assert not admission.fits([one], other)
 
 
 def test_a_model_that_took_more_than_predicted_has_idle_ones_go() -> None:

@@ -97,6 +97,7 @@ def model(message: model_pb2.Model) -> types.Model:
         ),
         info=_model_info(message.info) if message.HasField("info") else None,
         worker=_worker(message.worker) if message.HasField("worker") else None,
+        workers=_workers(message),
         last_failure=failure(message.last_failure) if message.HasField("last_failure") else None,
         size_bytes=message.size_bytes,
         load_time=_time(message.load_time) if message.HasField("load_time") else None,
@@ -115,6 +116,13 @@ def model(message: model_pb2.Model) -> types.Model:
         load_on_startup=message.load_on_startup,
         download=_download(message.download) if message.HasField("download") else None,
     )
+
+
+def _workers(message: model_pb2.Model) -> tuple[types.WorkerInfo, ...]:
+    """A server that knows no replicas names the only worker and no list."""
+    if not message.workers and message.HasField("worker"):
+        return (_worker(message.worker),)
+    return tuple(_worker(worker) for worker in message.workers)
 
 
 def failure(message: model_pb2.Failure) -> types.Failure:
@@ -291,6 +299,8 @@ def server_info(message: model_manager_pb2.GetServerInfoResponse) -> types.Serve
                 display_name=device.display_name,
                 total_bytes=device.total_bytes,
                 free_bytes=device.free_bytes,
+                budget_bytes=device.budget_bytes,
+                held_bytes=device.held_bytes,
             )
             for device in message.devices
         ),
@@ -341,6 +351,7 @@ def _runtime_options(message: model_pb2.RuntimeOptions) -> types.RuntimeOptions:
         batch_size_tokens=message.batch_size_tokens if message.HasField("batch_size_tokens") else None,
         cache_type_k=message.cache_type_k if message.HasField("cache_type_k") else None,
         cache_type_v=message.cache_type_v if message.HasField("cache_type_v") else None,
+        replica_count=message.replica_count if message.HasField("replica_count") else None,
     )
 
 

@@ -144,6 +144,7 @@ def _runtime_options(options: RuntimeOptions) -> model_pb2.RuntimeOptions:
         batch_size_tokens=options.batch_size_tokens,
         cache_type_k=options.cache_type_k,
         cache_type_v=options.cache_type_v,
+        replica_count=options.replica_count,
     )
 
 

@@ -111,6 +111,8 @@ class RuntimeOptions:
     """Type of the keys in the KV cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0 or q5_1."""
     cache_type_v: str | None = None
     """Type of the values in the KV cache; one of the same names."""
+    replica_count: int | None = None
+    """Worker processes that serve the model, 1 to 16; each takes the memory of the whole model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +224,8 @@ class Model:
     last_use_time: datetime | None
     expire_time: datetime | None
     """When the idle model will be put to sleep or unloaded; moves forward on use."""
+    workers: tuple[WorkerInfo, ...] = ()
+    """Every worker there is, `worker` first; several for a model with replicas."""
     memory: MemoryCharge | None = None
     """What it is charged with; `None` while nothing is reserved for it."""
     lease_count: int = 0
@@ -351,6 +355,10 @@ class Device:
     display_name: str
     total_bytes: int
     free_bytes: int
+    budget_bytes: int = 0
+    """What all models together may have."""
+    held_bytes: int = 0
+    """What models hold of it now."""
 
 
 class MemoryVerdict(StrEnum):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from paddock.daemons import is_exposed
-from paddock_server.catalog import CatalogError
+from paddock_server.catalog import CatalogError, InvalidConfigError
 from paddock_server.doctor import findings, machine, network
 from paddock_server.doctor.findings import Finding, problem
 
@@ -100,11 +100,15 @@ def _build() -> list[Finding]:
 def _models_and_memory(config: ServerConfig) -> list[Finding]:
     memory = machine.memory()
     try:
-        models = machine.models(config.model_directories)
+        models = machine.models(config)
+    except InvalidConfigError as error:
+        wrong = findings.judge_invalid_config([str(one) for one in error.problems])
+        return [*wrong, *findings.judge_memory(memory)]
     except CatalogError as error:
         advice = "Name directories that can be read with --models-dir."
         return [problem("models", str(error), advice), *findings.judge_memory(memory)]
-    return [*findings.judge_models(models), *findings.judge_memory(memory, models.largest_bytes)]
+    found = [*findings.judge_config(models), *findings.judge_models(models)]
+    return [*found, *findings.judge_memory(memory, models.largest_bytes)]
 
 
 def _disks(config: ServerConfig) -> list[Finding]:

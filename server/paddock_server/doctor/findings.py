@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from paddock_server.memory import DeviceMemory
+
 
 class Level(StrEnum):
     """How a finding is meant."""
@@ -118,22 +120,12 @@ def judge_versions(versions: Versions) -> list[Finding]:
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """A device llama.cpp can offload to."""
-
-    name: str
-    description: str
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Build:
     """What llama.cpp says about itself, and what the machine has."""
 
     system_info: str
     gpu_offload: bool
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[DeviceMemory, ...]
     cpu_flags: frozenset[str]
     """Of /proc/cpuinfo; empty where there is none."""
     gpu_hardware: tuple[str, ...]
@@ -340,19 +332,38 @@ def judge_exposure(hosts: Mapping[str, str]) -> list[Finding]:
     ]
 
 
+CONFIG_AREA: Final = "config"
+
 NAMED_MODELS: Final = 20
 """Broken models that are named one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What the model directories hold."""
+    """What the model directories hold, and what the configuration files say of it."""
 
     directories: tuple[str, ...]
     count: int
     broken: Mapping[str, str]
     """Why a model cannot be loaded, by id."""
     largest_bytes: int
+    files: tuple[str, ...] = ()
+    """The configuration files."""
+    left_out: tuple[str, ...] = ()
+    """What is wrong in them, with file and line, so that it was left out."""
+
+
+def judge_config(models: Models) -> list[Finding]:
+    """Judge the configuration files; nothing where there are none."""
+    if not models.left_out:
+        return [ok(CONFIG_AREA, f"{file} is sound") for file in models.files]
+    advice = "Correct it: what is wrong is left out, and the rest holds."
+    return [warning(CONFIG_AREA, sentence, advice) for sentence in models.left_out]
+
+
+def judge_invalid_config(sentences: Sequence[str]) -> list[Finding]:
+    """Judge what keeps a server with these settings from starting."""
+    return [problem(CONFIG_AREA, sentence, "Correct it: no server starts with it.") for sentence in sentences]
 
 
 def judge_models(models: Models) -> list[Finding]:
@@ -442,6 +453,8 @@ class Running:
     """Why models have failed, by id."""
     restarts: Mapping[str, int]
     """Workers that were replaced, by model; those above 0."""
+    memory: Mapping[str, tuple[int, int]]
+    """Bytes that models hold and may have, by device."""
 
 
 def judge_running(running: Running | None, address: str, own_version: str) -> list[Finding]:
@@ -455,6 +468,10 @@ def judge_running(running: Running | None, address: str, own_version: str) -> li
             area,
             f"{running.address}: Paddock {running.version}, up {minutes} min, {running.loaded} models loaded",
         )
+    ]
+    found += [
+        ok(area, f"models hold {gib(held)} of the {gib(budget)} they may have of {device}")
+        for device, (held, budget) in running.memory.items()
     ]
     if not running.serving:
         found.append(warning(area, "it is not serving: it is stopping", "Start it again with `paddock up`."))

@@ -23,21 +23,24 @@ from paddock_server.doctor.findings import (
     Build,
     Cpu,
     Disk,
-    Gpu,
     Hub,
     Memory,
     Models,
     StateDirectory,
     Versions,
 )
+from paddock_server.memory import cgroups, own_memory
+from paddock_server.memory.machine import PROBE_COMMAND, parsed_answer
+from paddock_server.supervisor import worker_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-DESCRIBE_SECONDS: Final = 20.0
-"""For a child that loads llama.cpp; a GPU's driver takes seconds on its first use."""
+    from paddock_server.config import ServerConfig
 
-_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+PROBE_SECONDS: Final = 20.0
+"""For a child that loads llama.cpp: less than a probe of the examination may take."""
+
 _GPU_TRACES: Final[Mapping[str, str]] = {
     "/proc/driver/nvidia/gpus": "NVIDIA",
     "/dev/nvidia0": "NVIDIA",
@@ -77,32 +80,36 @@ def _pinned(requirements: Iterable[str], name: str) -> str | None:
     return None
 
 
-def build(
-    command: Sequence[str] = (sys.executable, "-P", "-m", "paddock_server.worker.describe"),
-) -> Build:
-    """Ask a child process what llama.cpp is.
+def build(command: Sequence[str] = PROBE_COMMAND) -> Build:
+    """Ask a child process what llama.cpp is, and what it can compute on: the one the server asks.
 
     Raises:
         LlamaError: it does not load, or takes too long.
     """
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DESCRIBE_SECONDS, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+            env=worker_environment(os.environ, {}),
         )
     except subprocess.TimeoutExpired as error:
-        message = f"loading it took longer than {DESCRIBE_SECONDS:g} s"
+        message = f"loading it took longer than {PROBE_SECONDS:g} s"
         raise LlamaError(message) from error
     try:
-        said: dict[str, Any] = json.loads(done.stdout)
+        gpus, _ = parsed_answer(done.stdout)
     except ValueError as error:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         message = f"loading it ended with {ended}: {lines[-1][:400]}"
         raise LlamaError(message) from error
+    said: dict[str, Any] = json.loads(done.stdout)
     return Build(
         system_info=said["system_info"],
         gpu_offload=said["gpu_offload"],
-        gpus=tuple(Gpu(**device) for device in said["devices"] if device["name"] != "CPU"),
+        gpus=gpus,
         cpu_flags=_cpu_flags(),
         gpu_hardware=tuple(sorted({name for path, name in _GPU_TRACES.items() if Path(path).exists()})),
     )
@@ -125,70 +132,14 @@ def cpu() -> Cpu:
         logical=logical,
         physical=psutil.cpu_count(logical=False),
         allowed=len(affinity(0)) if affinity is not None else logical,
-        quota=cpu_quota(cgroup_directories("cpu")),
+        quota=cgroups.cpu_quota(),
     )
 
 
 def memory() -> Memory:
     """Return the RAM this process may use."""
-    ram = psutil.virtual_memory()
-    return Memory(ram.total, ram.available, memory_limit(cgroup_directories("memory")))
-
-
-def cgroup_directories(controller: str, root: Path = _CGROUP_ROOT, text: str | None = None) -> list[Path]:
-    """Return the directories of this process's cgroup for a controller, the innermost first: every level
-    limits. Empty where there are no cgroups. `text` is the content of /proc/self/cgroup by default."""
-    if text is None:
-        try:
-            text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
-        except OSError:
-            return []
-    found: list[Path] = []
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top = root
-        elif controller in controllers.split(","):
-            top = root / controller
-        else:
-            continue
-        # In a container the path may be the host's. Levels that are not here have nothing to read, and the
-        # top is the container's own group.
-        inner = top / path.lstrip("/")
-        found += [level for level in (inner, *inner.parents) if level.is_relative_to(top)]
-    return found
-
-
-def memory_limit(directories: Iterable[Path]) -> int | None:
-    """Return the smallest memory limit of these cgroups in bytes; None without one."""
-    values = (
-        _read(directory / name)
-        for directory in directories
-        for name in ("memory.max", "memory.limit_in_bytes")
-    )
-    # Version 1 says "no limit" with a number next to 2**63.
-    limits = [int(value) for value in values if value.isdigit() and int(value) < 2**60]
-    return min(limits, default=None)
-
-
-def cpu_quota(directories: Iterable[Path]) -> float | None:
-    """Return the smallest quota of these cgroups in processors; None without one."""
-    quotas: list[float] = []
-    for directory in directories:
-        parts = _read(directory / "cpu.max").split() or [
-            _read(directory / "cpu.cfs_quota_us"),
-            _read(directory / "cpu.cfs_period_us"),
-        ]
-        if all(part.isdigit() for part in parts) and int(parts[1]) > 0:
-            quotas.append(int(parts[0]) / int(parts[1]))
-    return min(quotas, default=None)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:  # this level has no such limit
-        return ""
+    machine, own = psutil.virtual_memory().total, own_memory()
+    return Memory(machine, own.free_bytes, own.total_bytes if own.total_bytes < machine else None)
 
 
 def limits() -> tuple[int, int]:
@@ -198,14 +149,26 @@ def limits() -> tuple[int, int]:
     return files, locked
 
 
-def models(directories: tuple[Path, ...]) -> Models:
-    """Return what the directories hold. Raises `CatalogError` when one cannot be listed."""
-    entries = Catalog(directories).scan().values()
+def models(config: ServerConfig) -> Models:
+    """Return what the directories hold, under what the configuration files say of it.
+
+    Raises:
+        CatalogError: a directory cannot be listed.
+        InvalidConfigError: a configuration file does not validate.
+    """
+    directories, cache = config.model_directories, config.hub_cache
+    catalog = Catalog(
+        directories, preset=config.models_preset, config_file=config.config_file, hub_cache=cache
+    )
+    entries = catalog.scan(reread=True).values()  # a reload names every problem, a start only the first kind
+    places = (*directories, cache) if cache is not None and cache.is_dir() else directories
     return Models(
-        directories=tuple(str(directory) for directory in directories),
+        directories=tuple(str(place) for place in places),
         count=len(entries),
         broken={entry.id: entry.problem.message for entry in entries if entry.problem is not None},
         largest_bytes=max((entry.size_bytes for entry in entries if entry.problem is None), default=0),
+        files=tuple(str(path) for path in (config.config_file, config.models_preset) if path is not None),
+        left_out=tuple(str(problem) for problem in catalog.problems),
     )
 
 

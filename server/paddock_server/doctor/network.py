@@ -142,6 +142,11 @@ async def running_server(address: str) -> Running | None:
             for model in models
             if model.worker is not None and model.worker.restart_count
         },
+        memory={
+            device.display_name: (device.held_bytes, device.budget_bytes)
+            for device in info.devices
+            if device.budget_bytes  # an older server does not say
+        },
     )
 
 

@@ -19,7 +19,7 @@ import structlog
 from paddock_server.catalog import HubNameError, HubRef, hub_ref
 from paddock_server.catalog.hub_names import is_commit, is_digest
 from paddock_server.downloads.messages import Resolved
-from paddock_server.state_files import write_atomically
+from paddock_server.state_files import StateFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,14 +49,13 @@ class Unfinished:
 
 
 class DownloadStore:
-    """Keeps the unfinished downloads. Written in a thread, by one task, latest state only."""
+    """Keeps the unfinished downloads."""
 
     def __init__(self, path: Path | None) -> None:
         """`path` is the file; None keeps nothing."""
         self._path = path
-        self._unwritten: Mapping[HubRef, Unfinished] | None = None
-        self._wake = asyncio.Event()
-        self._closing = False
+        self._latest: Mapping[HubRef, Unfinished] = {}
+        self._file = StateFile(path, lambda: _document(self._latest))
 
     async def read(self) -> dict[HubRef, Unfinished]:
         """Return the unfinished downloads. A file that is no good is set aside with a warning."""
@@ -74,29 +73,20 @@ class DownloadStore:
 
     def put(self, downloads: Mapping[HubRef, Unfinished]) -> None:
         """Have these written."""
-        self._unwritten = dict(downloads)
-        self._wake.set()
+        self._latest = dict(downloads)
+        self._file.changed()
+
+    async def caught_up(self) -> None:
+        """Wait until what was put last is on the disk, or cannot be written."""
+        await self._file.caught_up()
 
     async def run(self) -> None:
         """Write the file whenever something has changed, until `close`."""
-        closing = False
-        while not closing:
-            await self._wake.wait()
-            self._wake.clear()
-            # Both before the write: what is put while it goes on needs another.
-            closing = self._closing
-            unwritten, self._unwritten = self._unwritten, None
-            if self._path is None or unwritten is None:
-                continue
-            try:
-                await asyncio.to_thread(write_atomically, self._path, _document(unwritten))
-            except OSError as error:
-                log.warning("downloads_file_not_written", path=str(self._path), error=str(error))
+        await self._file.run()
 
     def close(self) -> None:
         """Have `run` write what is unwritten, and end."""
-        self._closing = True
-        self._wake.set()
+        self._file.close()
 
 
 def _document(downloads: Mapping[HubRef, Unfinished]) -> bytes:

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -70,10 +70,9 @@ class Place:
         """Have the snapshot of a commit show a file that is whole."""
         link = self.folder / "snapshots" / commit / file.path
         link.parent.mkdir(parents=True, exist_ok=True)
-        temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(self.blob(file), link.parent))
-        temporary.replace(link)
+        link.unlink(missing_ok=True)  # It leads to another file, or to none.
+        with suppress(FileExistsError):  # Another fetcher has linked the same file to the same commit.
+            link.symlink_to(os.path.relpath(self.blob(file), link.parent))
 
     def is_linked(self, file: RepoFile, commit: str) -> bool:
         """Whether the snapshot of a commit shows the file."""
@@ -84,9 +83,14 @@ class Place:
         """Note the commit that a branch or tag is at."""
         path = self.folder / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(commit)
-        temporary.replace(path)
+        # Written over what was there, in one go and of the same length: a process that is killed leaves the
+        # old commit or the new one, and no file beside it.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, commit.encode())
+            os.ftruncate(descriptor, len(commit))
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def locked(self, file: RepoFile, waiting: Callable[[], None]) -> Generator[None]:

@@ -1,8 +1,9 @@
 """The models of this server: who is loaded, who gets in, who has to go.
 
-manager      what the RPCs call; finds the actor and awaits its answer
-actor        one task per model, the only writer of its state; carries out what was decided
-transitions  the state machine of a model, pure; asking and turn are its parts
+manager      what the RPCs call; finds the model and awaits its answer
+replica_set  a model: one replica or several; replicas decides for them, pure
+actor        one task per replica, the only writer of its state; carries out what was decided
+transitions  the state machine of a replica, pure; asking and turn are its parts
 loop         one task for admission, eviction and the queue for room
 prediction   what a load will take, before it has begun
 residency    its books; policy its decision, pure; admission the budget behind it

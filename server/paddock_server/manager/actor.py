@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
 import structlog
 
@@ -23,7 +23,6 @@ from paddock_server.manager import failure as failures
 from paddock_server.manager import messages as m
 from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
-from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.loop import (
     Committed,
@@ -31,7 +30,7 @@ from paddock_server.manager.loop import (
     Leaving,
     Left,
     Looked,
-    ManagerLoop,
+    LoopMessage,
     Slept,
     Stayed,
 )
@@ -40,7 +39,7 @@ from paddock_server.manager.prediction import Prediction, Predictor
 from paddock_server.manager.progress import LoadView, Subscription
 from paddock_server.manager.residency import Holding, Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
-from paddock_server.manager.snapshot import Clocks, Times, model_proto, public_state, visible
+from paddock_server.manager.snapshot import Clocks, Times, model_proto, visible
 from paddock_server.manager.state import ActorState, Limits, Phase
 from paddock_server.manager.transitions import step
 from paddock_server.supervisor import LogRing, WorkerSpec
@@ -61,28 +60,60 @@ _STAGES: Final = {
 }
 
 
-@dataclass(slots=True)
-class Tools:
-    """What actors work with. Shared by all of them; written by the manager, when settings change."""
+class Home(Protocol):
+    """What an actor belongs to: one model, of which it is one replica."""
 
-    launcher: WorkerLauncher
+    number: int
+    """Number of the replica, from 0."""
+
+    def show(self) -> None:
+        """Tell the watchers: what they see of the replica has changed."""
+        ...
+
+    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
+        """Add to a model as it is shown what is known of a download of it."""
+        ...
+
+    def stepped(self, old: ActorState, new: ActorState) -> None:
+        """Learn of a step, once it has been carried out."""
+        ...
+
+    def remember(self, wish: Wish | None) -> None:
+        """Keep an operator's load over a restart, or forget it."""
+        ...
+
+    def vanished(self) -> None:
+        """Learn that the replica is gone for good."""
+        ...
+
+
+class Loop(Protocol):
+    """What an actor needs of the manager loop."""
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into its inbox."""
+        ...
+
+
+@dataclass(slots=True)
+class Rules:
+    """What loads go by. Shared by all actors; written by the manager, when settings change."""
+
     config: ManagerConfig
     limits: Limits
-    changes: ChangeLog
     admission: Admission
-    loop: ManagerLoop
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What an actor works with."""
+
+    launcher: WorkerLauncher
+    rules: Rules
     predictor: Predictor
-    held: Callable[[str], Holding | None]
-    """What a model holds of the memory, by the books of the manager loop."""
-
-    remember: Callable[[str, Wish | None], None]
-    """Keeps an operator's load over a restart, or forgets it."""
-
-    completed: Callable[[model_pb2.Model, CatalogEntry], model_pb2.Model]
-    """Adds to a model as it is shown what is known of a download of it."""
-
-    vanished: Callable[[str], None]
-    """Called when a model is gone for good."""
+    loop: Loop
+    held: Callable[[], Holding | None]
+    """What it holds of the memory, by the books of the manager loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,13 +145,17 @@ Message: TypeAlias = m.Event | Spawned | Progressed | EntryFound | CatchUp
 
 
 class Actor:
-    """One model. Everyone else tells it things and looks at what it publishes."""
+    """One replica of a model. Everyone else tells it things and looks at what it publishes."""
 
-    def __init__(self, entry: CatalogEntry, state: ActorState, tools: Tools) -> None:
+    def __init__(
+        self, entry: CatalogEntry, state: ActorState, tools: Tools, home: Home, log_ring: LogRing
+    ) -> None:
+        """`log_ring` takes what the workers write."""
         self.entry = entry
         self.state = state
-        self.log_ring = LogRing()
+        self.log_ring = log_ring
         self._tools = tools
+        self._home = home
         self._loop = asyncio.get_running_loop()
         self._shown_entry = entry
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -132,6 +167,7 @@ class Actor:
         self._times = Times()
         self._last_use = 0.0
         self._load_seconds = 0.0
+        self._unread_requests = 0
         self._predicting: asyncio.Task[Prediction] | None = None
         self._prediction: Prediction | None = None
         """Of the stay in memory under way, or the latest."""
@@ -144,7 +180,18 @@ class Actor:
         if self._ended:
             self._turn_away(message, self._end_failure())
         else:
+            self._unread_requests += isinstance(message, m.AcquireAsked)
             self._inbox.put_nowait(message)
+
+    @property
+    def demand(self) -> int:
+        """Requests that use the replica, wait for it, or are in its inbox."""
+        return self.state.leases + len(self.state.waiters) + self._unread_requests
+
+    @property
+    def serves(self) -> bool:
+        """Whether its worker serves, for all that is known; the message about its death may be behind."""
+        return self.state.phase is Phase.READY and self._run is not None and self._run.death is None
 
     @property
     def look(self) -> Look:
@@ -168,10 +215,10 @@ class Actor:
         return self._run.worker if self._run is not None else None
 
     def snapshot(self) -> model_pb2.Model:
-        """Return the model as the world sees it now."""
-        held = self._tools.held(self.state.model)
+        """Return the model as the world would see it now if this replica were all of it."""
+        held = self._tools.held()
         model = model_proto(self.entry, self.state, self.worker, self._times, held, self._clocks())
-        return self._tools.completed(model, self.entry)
+        return self._home.completed(model, self.entry)
 
     def _clocks(self) -> Clocks:
         return Clocks(time.time(), self._loop.time())
@@ -208,8 +255,8 @@ class Actor:
             self._run = None
         self._tools.loop.tell(Left(self.state.model, self.state.ticket))
         if failure.reason == Reason.INTERNAL:
-            old, self.state = self.state, replace(self.state, phase=Phase.FAILED, failure=failure)
-            self._tools.changes.changed(self.snapshot(), public_state(old))
+            self.state = replace(self.state, phase=Phase.FAILED, failure=failure)
+            self._home.show()
         self.closed.set()
 
     def _end_failure(self) -> failures.Failure:
@@ -246,6 +293,7 @@ class Actor:
                 self.entry = message.entry
                 self._advance(message.event)
             case m.AcquireAsked() | m.LoadAsked():
+                self._unread_requests -= isinstance(message, m.AcquireAsked)
                 self._notice_death()
                 self._advance(message)
             case _:
@@ -265,7 +313,7 @@ class Actor:
 
     def _step(self, event: m.Event) -> None:
         old = self.state
-        new, effects, why = step(old, event, self._loop.time(), self._tools.limits)
+        new, effects, why = step(old, event, self._loop.time(), self._tools.rules.limits)
         self.state = new
         if new.phase is not old.phase:
             self._on_phase(old, why)
@@ -276,9 +324,10 @@ class Actor:
             self._times = replace(self._times, last_use=time.time())
         if visible(new) != visible(old) or self.entry is not self._shown_entry:
             self._shown_entry = self.entry
-            self._tools.changes.changed(self.snapshot(), public_state(old))
+            self._home.show()
         for effect in effects:
             self._carry_out(effect)
+        self._home.stepped(old, new)
 
     def _on_phase(self, old: ActorState, why: str) -> None:
         new = self.state
@@ -289,6 +338,8 @@ class Actor:
             "to": str(new.phase),
             "why": str(why),
         }
+        if self._home.number:
+            fields["replica"] = str(self._home.number)
         if new.phase in _AFTER_FAILURE and new.failure is not None:
             log.warning("model_state_changed", **fields, failure=new.failure.message)
         else:
@@ -353,8 +404,8 @@ class Actor:
     # Effects
 
     def _carry_out(self, effect: m.Effect) -> None:
-        model = self.state.model
         tools = self._tools
+        model = self.state.model
         match effect:
             case m.Enter():
                 self._enter(effect)
@@ -396,9 +447,9 @@ class Actor:
                     self._commit(m.Commit(self.state.stay))
                 tools.loop.tell(Looked())
             case m.Remember():
-                tools.remember(model, effect.wish)
+                self._home.remember(effect.wish)
             case m.Vanish():
-                tools.vanished(model)
+                self._home.vanished()
             case m.JoinLoad():
                 self._current_view().attach(_subscription(effect.caller))
             case m.AnswerLoaded():
@@ -431,7 +482,8 @@ class Actor:
             self.tell(m.AdmissionRefused(ticket, failures.internal(self.state.model)))
             return
         self._prediction = task.result()
-        cost = self._tools.admission.predicted(self._prediction.device_bytes, self.state.terms)
+        admission = self._tools.rules.admission
+        cost = admission.predicted(self._prediction.device_bytes, self.state.terms, self.state.model)
         self._tools.loop.tell(Entered(self.state.model, ticket, cost))
 
     def _commit(self, effect: m.Commit) -> None:
@@ -460,7 +512,7 @@ class Actor:
         self._run.wake(self._run_plan(effect.load_number, effect.options))
 
     def _run_plan(self, load_number: int, options: Options) -> RunPlan:
-        config = self._tools.config
+        config = self._tools.rules.config
         sized = self._prediction.options if self._prediction is not None else options
         return RunPlan(
             load_number=load_number,

@@ -23,8 +23,13 @@ Cost: TypeAlias = Hashable
 class Admission(Protocol):
     """A budget. Does not remember what is held: it is told every time."""
 
-    def predicted(self, device_bytes: Mapping[str, int], terms: Terms) -> Cost:
-        """Return the cost of a load that is going to take so much of each device."""
+    @property
+    def budget(self) -> Mapping[str, int]:
+        """Bytes there are, by device. A device that is not named has no limit."""
+        ...
+
+    def predicted(self, device_bytes: Mapping[str, int], terms: Terms, model: str) -> Cost:
+        """Return the cost of a load of a model that is going to take so much of each device."""
         ...
 
     def measured(self, held: Cost, resident_bytes: int) -> Cost:
@@ -59,6 +64,9 @@ class Footprint:
     group: str = ""
     """Exclusive group: only one of its models is there at a time. Empty: none."""
 
+    model: str = ""
+    """Which model it is of: replicas of one may be there together, whatever their group."""
+
     is_measured: bool = False
     """Whether its main memory has been measured."""
 
@@ -73,9 +81,9 @@ class MemoryAdmission:
     budget: Mapping[str, int] = field(default_factory=dict[str, int])
     """Bytes by device. A device that is not named has no limit."""
 
-    def predicted(self, device_bytes: Mapping[str, int], terms: Terms) -> Cost:
-        """Return the cost of a load that is going to take so much of each device."""
-        return Footprint(tuple(sorted(device_bytes.items())), group=terms.group)
+    def predicted(self, device_bytes: Mapping[str, int], terms: Terms, model: str) -> Cost:
+        """Return the cost of a load of a model that is going to take so much of each device."""
+        return Footprint(tuple(sorted(device_bytes.items())), group=terms.group, model=model)
 
     def measured(self, held: Cost, resident_bytes: int) -> Cost:
         """Put what is measured of the main memory in the place of what was predicted of it.
@@ -93,12 +101,12 @@ class MemoryAdmission:
         return self._with_ram(Footprint(kept, places=0), resident_bytes)
 
     def fits(self, held: Iterable[Cost], cost: Cost) -> bool:
-        """Say whether there is a place, enough memory, and nobody of the same group."""
+        """Say whether there is a place, enough memory, and no other model of the same group."""
         there = [_footprint(one) for one in held]
         wanted = _footprint(cost)
         if self.models_max and sum(one.places for one in there) >= self.models_max:
             return False
-        if wanted.group and any(one.group == wanted.group for one in there):
+        if wanted.group and any(one.group == wanted.group and one.model != wanted.model for one in there):
             return False
         used = _sum(there)
         return all(

@@ -15,12 +15,13 @@ from paddock_server.manager.messages import (
     Conflict,
     Grant,
     JoinLoad,
+    NextLoad,
     Refuse,
     RefuseLoad,
     Remember,
 )
 from paddock_server.manager.options import NO_WISH, Wish
-from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, NextLoad, Phase
+from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, Phase
 from paddock_server.manager.turn import IDLE_TIMERS
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         Caller,
         CallerLeft,
         DefaultsSet,
+        DemandGone,
         LeaseReturned,
         LoadAsked,
         SleepAsked,
@@ -51,7 +53,7 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
         turn.begin(_wanted(turn, event), "load_asked")
     elif state.phase in COMING_UP:
         if _joins(turn, event, state.options):
-            turn.set(explicit=True, wish=_kept(state.wish, event))
+            turn.set(explicit=state.explicit or event.explicit, wish=_kept(state.wish, event))
     elif state.phase is Phase.READY:
         _load_of_ready(turn, event)
     elif state.next_load is None:
@@ -70,6 +72,8 @@ def _kept(wish: Wish, event: LoadAsked) -> Wish:
 
 def _wanted(turn: Turn, event: LoadAsked) -> NextLoad:
     state = turn.state
+    if event.planned is not None:
+        return replace(event.planned, explicit=event.explicit, timeout_seconds=event.timeout_seconds)
     wish = state.wish.and_then(event.wish) if state.asleep else event.wish
     return NextLoad(wish.filled(state.defaults), event.explicit, event.timeout_seconds, wish)
 
@@ -94,20 +98,20 @@ def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
         turn.do(RefuseLoad(event.caller, failures.options_conflict(state.model, fields)))
     else:
         if event.conflict is not Conflict.KEEP:
-            _set_idle_times(turn, event.wish)
-        turn.set(explicit=True, wish=_kept(state.wish, event))
+            _set_in_place(turn, event.wish)
+        turn.set(explicit=state.explicit or event.explicit, wish=_kept(state.wish, event))
         remember_load(turn)
         turn.do(AnswerLoaded(event.caller))
 
 
-def _set_idle_times(turn: Turn, wish: Wish) -> None:
+def _set_in_place(turn: Turn, wish: Wish) -> None:
     state = turn.state
-    times = Wish({}, wish.times)
-    if times.filled(state.options) == state.options:
+    change = Wish({}, wish.in_place)
+    if change.filled(state.options) == state.options:
         return
-    turn.set(options=times.filled(state.options))
+    turn.set(options=change.filled(state.options))
     if state.effective is not None:
-        turn.set(effective=times.filled(state.effective))
+        turn.set(effective=change.filled(state.effective))
     if state.leases == 0:
         turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
@@ -116,21 +120,21 @@ def _set_idle_times(turn: Turn, wish: Wish) -> None:
 def follow_defaults(turn: Turn, *, other_file: bool) -> None:
     """Bring a model in line with defaults that a reload has changed; what somebody has set stays.
 
-    Only other files or load options cost a load: an idle time-out changes in place.
+    Only other files or load options cost a load: an idle time-out or the number of replicas changes in place.
     """
     state = turn.state
     if state.next_load is not None:
         options = state.next_load.wish.filled(state.defaults)
         turn.set(next_load=replace(state.next_load, options=options))
     options = state.wish.filled(state.defaults)
-    in_place = Wish({}, options.times)
+    in_place = Wish({}, options.in_place)
     if state.phase in AT_REST or (options == state.options and not other_file):
         return
     if state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
         turn.set(options=options)  # It reads its files and options anew when it wakes.
     elif options == in_place.filled(state.options) and not other_file:
         if state.phase is Phase.READY:
-            _set_idle_times(turn, in_place)
+            _set_in_place(turn, in_place)
         else:
             turn.set(options=options)
     elif state.next_load is None and state.phase is not Phase.STOPPING:
@@ -140,17 +144,17 @@ def follow_defaults(turn: Turn, *, other_file: bool) -> None:
 
 
 def defaults_set(turn: Turn, event: DefaultsSet) -> None:
-    """Take over other defaults: a load that is there takes the idle times alone, which need no other load."""
+    """Take over other defaults: a load that is there takes those alone that need no other load."""
     state = turn.state
     turn.set(defaults=event.defaults)
     if state.next_load is not None:
         options = state.next_load.wish.filled(event.defaults)
         turn.set(next_load=replace(state.next_load, options=options))
-    times = Wish({}, state.wish.filled(event.defaults).times)
+    in_place = Wish({}, state.wish.filled(event.defaults).in_place)
     if state.phase is Phase.READY:
-        _set_idle_times(turn, times)
+        _set_in_place(turn, in_place)
     elif state.phase not in AT_REST:
-        turn.set(options=times.filled(state.options))
+        turn.set(options=in_place.filled(state.options))
 
 
 def remember_load(turn: Turn) -> None:
@@ -216,7 +220,14 @@ def caller_left(turn: Turn, event: CallerLeft) -> None:
     if event.caller not in state.waiters:
         return
     turn.set(waiters=tuple(caller for caller in state.waiters if caller != event.caller))
-    if state.phase is Phase.ADMITTING and not turn.state.waiters and not state.explicit:
+    demand_gone(turn)
+
+
+def demand_gone(turn: Turn, event: DemandGone | None = None) -> None:
+    """Give up a place in the queue that nobody waits for."""
+    del event
+    state = turn.state
+    if state.phase is Phase.ADMITTING and not state.waiters and not state.explicit:
         turn.withdraw(Phase.UNLOADED, "nobody_waits")
 
 

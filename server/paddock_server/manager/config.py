@@ -93,6 +93,9 @@ class ManagerConfig:
     downloads_file: Path | None = None
     """Where unfinished downloads are kept over a restart; None keeps them nowhere."""
 
+    restore: bool = True
+    """Whether what is kept over a restart is taken up at the start: loads and downloads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from paddock_server.manager.options import Wish, stored_wish
-from paddock_server.state_files import write_atomically
+from paddock_server.state_files import StateFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -57,7 +57,7 @@ class StateFileError(Exception):
 
 
 class DesiredLoads:
-    """The loads to come back. Written in a thread, by one task, latest state only."""
+    """The loads to come back."""
 
     def __init__(self, path: Path | None) -> None:
         """`path` is the file; None keeps nothing."""
@@ -65,9 +65,7 @@ class DesiredLoads:
         self._loads: dict[str, Wish] = {}
         self._pins: dict[str, bool] = {}
         self._files: dict[str, str] = {}
-        self._unwritten = False
-        self._closing = False
-        self._wake = asyncio.Event()
+        self._file = StateFile(path, lambda: _document(self._loads, self._pins, self._files))
 
     @property
     def loads(self) -> Mapping[str, Wish]:
@@ -101,14 +99,14 @@ class DesiredLoads:
             self._note_file(model, file)
         elif known is None:
             return
-        self._changed()
+        self._file.changed()
 
     def pin(self, model: str, pinned: bool, file: str) -> None:
         """Keep that a model, which is in a file, is pinned, or is not."""
         if self._pins.get(model) is not pinned:
             self._pins[model] = pinned
             self._note_file(model, file)
-            self._changed()
+            self._file.changed()
 
     def follow(self, ids: Collection[str], names: Mapping[str, str], file_of: Callable[[str], str]) -> None:
         """Take over ids that have changed: an earlier one is a name of the model now, or has the same file.
@@ -131,7 +129,7 @@ class DesiredLoads:
             self._loads = _renamed(self._loads, moved)
             self._pins = _renamed(self._pins, moved)
             self._files = _renamed(self._files, moved)
-            self._changed()
+            self._file.changed()
 
     def _note_file(self, model: str, file: str) -> None:
         if file:
@@ -140,32 +138,17 @@ class DesiredLoads:
             model: file for model, file in self._files.items() if model in self._loads or model in self._pins
         }
 
-    def _changed(self) -> None:
-        self._unwritten = True
-        self._wake.set()
+    async def caught_up(self) -> None:
+        """Wait until what was put so far is on the disk, or cannot be written."""
+        await self._file.caught_up()
 
     async def run(self) -> None:
         """Write the file whenever something has changed, until `close`."""
-        closing = False
-        while not closing:
-            await self._wake.wait()
-            self._wake.clear()
-            # Both before the write: what is put while it goes on needs another.
-            closing = self._closing
-            unwritten, self._unwritten = self._unwritten, False
-            if self._path is None or not unwritten:
-                continue
-            try:
-                await asyncio.to_thread(
-                    write_atomically, self._path, _document(self._loads, self._pins, self._files)
-                )
-            except OSError as error:
-                log.warning("state_file_not_written", path=str(self._path), error=str(error))
+        await self._file.run()
 
     def close(self) -> None:
         """Have `run` write what is unwritten, and end."""
-        self._closing = True
-        self._wake.set()
+        self._file.close()
 
 
 def _renamed(kept: Mapping[str, ValueT], moved: Mapping[str, str]) -> dict[str, ValueT]:
@@ -178,7 +161,7 @@ def _renamed(kept: Mapping[str, ValueT], moved: Mapping[str, str]) -> dict[str, 
 
 
 def _document(loads: Mapping[str, Wish], pins: Mapping[str, bool], files: Mapping[str, str]) -> bytes:
-    entries = [{"model": model, "options": {**wish.values, **wish.times}} for model, wish in loads.items()]
+    entries = [{"model": model, "options": {**wish.values, **wish.in_place}} for model, wish in loads.items()]
     document = {"version": VERSION, "loads": entries, "pins": dict(pins), "files": dict(files)}
     return json.dumps(document, indent=1, ensure_ascii=False).encode()
 

@@ -78,6 +78,10 @@ class JobState(Enum):
     QUEUED = auto()
     RUNNING = auto()
     PAUSED = auto()
+    HELD = auto()
+    """Ran when the server last ended, and was not taken up: it runs again when somebody asks for it, or after
+    the next start."""
+
     FAILED = auto()
 
 
@@ -139,7 +143,7 @@ class Job:
             completed_bytes=self.completed_bytes,
             total_bytes=self.resolved.total_bytes if self.resolved is not None else 0,
             bytes_per_second=self.bytes_per_second(asyncio.get_running_loop().time()),
-            paused=self.state is JobState.PAUSED,
+            paused=self.state in {JobState.PAUSED, JobState.HELD},
         )
         if self.failure is not None:
             proto.failure.CopyFrom(self.failure.to_proto(self.failed_at))
@@ -197,14 +201,15 @@ class Downloads:
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def start(self) -> None:
-        """Take up what was unfinished when the server last stopped."""
+    async def start(self, *, resume: bool = True) -> None:
+        """Take up what was unfinished when the server last stopped; without `resume`, only list it."""
         for ref, unfinished in (await self._store.read()).items():
             job = Job(ref, JobState.PAUSED)
             job.resolved, job.completed_bytes = unfinished.resolved, unfinished.completed_bytes
             job.asked_for = unfinished.asked_for
             self._jobs[ref] = job
-            if unfinished.paused:
+            if unfinished.paused or not resume:
+                job.state = JobState.PAUSED if unfinished.paused else JobState.HELD
                 self._changed(job)
             else:
                 log.info("download_replayed", model=ref.name)
@@ -274,12 +279,14 @@ class Downloads:
             view, job.view = job.view, LoadView(asyncio.get_running_loop().time)
             view.fail(failures.download_stopped(job.id, paused=keep))
             job.state, job.failure, job.asked_for = JobState.PAUSED, None, False
+            freed = 0
             if keep:
                 self._remember()
                 self._changed(job)
-                return 0
-            freed = await self._remove_partial(job)
-            self._forget(job)
+            else:
+                freed = await self._remove_partial(job)
+                self._forget(job)
+            await self._store.caught_up()
             return freed
 
     async def _remove_partial(self, job: Job) -> int:

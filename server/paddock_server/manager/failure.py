@@ -258,6 +258,16 @@ def no_room_beside_pinned(model: str, pinned: Sequence[str], figures: Mapping[st
     )
 
 
+def no_room_beside_replicas(model: str, count: int, figures: Mapping[str, str]) -> Failure:
+    """Return the refusal of a replica that others of its model, `count` of them, leave no room for."""
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"Another replica of model {model!r} does not fit beside {count}: {_told(figures)}. "
+        "Ask for fewer replicas.",
+        {"model": model, "replica_count": str(count), **figures},
+    )
+
+
 def too_many_downloads(model: str, count: int) -> Failure:
     """Return the refusal of a download that would be one too many."""
     return Failure(

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -17,13 +17,12 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, HubNameError, HubRef, hub_ref, parse_hub_name
 from paddock_server.catalog.hub_names import HUB_PREFIX, NoSuchFileError, choose_model
 from paddock_server.downloads.process import FetcherLauncher
-from paddock_server.downloads.removal import remove_model
+from paddock_server.downloads.removal import finish_removals, remove_model
 from paddock_server.manager import failure as failures
-from paddock_server.manager.actor import Actor
 from paddock_server.manager.downloads import Asking, Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.progress import Subscription
-from paddock_server.manager.state import Phase
+from paddock_server.manager.replica_set import ReplicaSet
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from paddock_server.catalog import CatalogEntry
 
 log: FilteringBoundLogger = structlog.get_logger()
-
-_AT_REST: Final = frozenset({Phase.UNLOADED, Phase.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class HubTools:
     state_file: Path | None
     """Where unfinished downloads are kept over a restart."""
 
-    actors: Mapping[str, Actor]
+    models: Mapping[str, ReplicaSet]
     id_of: Callable[[str], str]
     """Returns the id that a name stands for, or the name itself."""
 
@@ -91,10 +88,20 @@ class HubModels:
                 gone=self._gone,
             )
 
-    async def start(self) -> None:
-        """Take up unfinished downloads."""
+    async def finish_removals(self) -> None:
+        """Finish deletions that a server before this one was killed in; before the catalog is read."""
+        if self._tools.cache_dir is None:
+            return
+        try:
+            for folder in await asyncio.to_thread(finish_removals, self._tools.cache_dir):
+                log.info("removal_finished", folder=folder)
+        except OSError as error:
+            log.warning("removal_not_finished", error=str(error))
+
+    async def start(self, *, resume: bool) -> None:
+        """Take up unfinished downloads, or with `resume` false only list them."""
         if self._downloads is not None:
-            await self._downloads.start()
+            await self._downloads.start(resume=resume)
 
     async def stop(self) -> None:
         """Stop downloads where they are."""
@@ -124,9 +131,9 @@ class HubModels:
             return _ref_of_name(model)
         if source is not None:
             return None
-        actor = self._tools.actors.get(self._tools.id_of(model))
-        if actor is not None:
-            return actor.entry.absent
+        replicas = self._tools.models.get(self._tools.id_of(model))
+        if replicas is not None:
+            return replicas.entry.absent
         job = self._job(model)
         return job.ref if job is not None else None
 
@@ -136,13 +143,13 @@ class HubModels:
         Raises:
             PaddockError: as `ref_of`.
         """
-        actor = self._tools.actors.get(self._tools.id_of(model)) if model else None
-        if actor is not None and (actor.entry.absent is None or actor.state.phase not in _AT_REST):
+        replicas = self._tools.models.get(self._tools.id_of(model)) if model else None
+        if replicas is not None and (replicas.entry.absent is None or not replicas.is_at_rest):
             return None
         ref = self.ref_of(model, source)
-        if ref is None or (actor is None and self.find(ref) is not None):
+        if ref is None or (replicas is None and self.find(ref) is not None):
             return None
-        return Wanted(ref.name if actor is None else actor.entry.id, ref)
+        return Wanted(ref.name if replicas is None else replicas.model, ref)
 
     def _is_name_of(self, model: str, ref: HubRef) -> bool:
         if model == self.find(ref):
@@ -155,12 +162,12 @@ class HubModels:
     def find(self, ref: HubRef) -> str | None:
         """Return the id of the model in the cache that a reference means; None when it is not there."""
         files: dict[str, str] = {}
-        for model, actor in self._tools.actors.items():
-            hub = actor.entry.hub
-            if hub is None or actor.state.gone or hub.repo_id != ref.repo_id or not hub.is_at(ref.revision):
+        for model, replicas in self._tools.models.items():
+            hub = replicas.entry.hub
+            if hub is None or replicas.is_gone or hub.repo_id != ref.repo_id or not hub.is_at(ref.revision):
                 continue
             # Of several models with one file, the one that the hub's name is a name of.
-            own = any(name.startswith(hub.repo_id) for name in actor.entry.setup.names)
+            own = any(name.startswith(hub.repo_id) for name in replicas.entry.setup.names)
             if own or hub.file not in files:
                 files[hub.file] = model
         try:
@@ -170,7 +177,7 @@ class HubModels:
 
     def id_of(self, model: str) -> str:
         """Return the id that a name in a request means; an `hf:` name that is not there stays as it is."""
-        if not model.startswith(HUB_PREFIX) or model in self._tools.actors:
+        if not model.startswith(HUB_PREFIX) or model in self._tools.models:
             return model
         return self.find(_ref_of_name(model)) or model
 
@@ -256,24 +263,24 @@ class HubModels:
         finally:
             follower.closed = True
         named = self._tools.id_of(request.model) if request.model else ""
-        actor = self._tools.actors[named if named in self._tools.actors else self._found(ref)]
-        yield pb.DownloadResponse(downloaded=actor.snapshot())
+        replicas = self._tools.models[named if named in self._tools.models else self._found(ref)]
+        yield pb.DownloadResponse(downloaded=replicas.snapshot())
 
     def _download_ref(self, request: pb.DownloadRequest) -> HubRef:
         if request.HasField("source") and request.source.WhichOneof("source") != "hugging_face":
             field = "source"
             raise InvalidFieldError.of(field, "must hold hugging_face: a local file need not be downloaded")
-        actor = self._tools.actors.get(self._tools.id_of(request.model)) if request.model else None
-        if not request.HasField("source") and actor is not None and _is_local(actor.entry):
+        replicas = self._tools.models.get(self._tools.id_of(request.model)) if request.model else None
+        if not request.HasField("source") and replicas is not None and _is_local(replicas.entry):
             field = "model"
             raise InvalidFieldError.of(field, f"{request.model!r} is a file in a model directory already")
         ref = self.ref_of(request.model, request.source if request.HasField("source") else None)
         if ref is not None:
             return ref
         self._required()
-        if actor is not None and actor.entry.hub is not None and actor.entry.id == request.model:
-            ref = _ref_if_name(request.model)
-            return ref or HubRef(actor.entry.hub.repo_id, actor.entry.hub.revision, actor.entry.hub.file)
+        if replicas is not None and replicas.entry.hub is not None and replicas.model == request.model:
+            hub = replicas.entry.hub
+            return _ref_if_name(request.model) or HubRef(hub.repo_id, hub.revision, hub.file)
         return _ref_of_name(request.model)  # an id, or an `hf:` name without its `hf:`
 
     async def stop_download(self, request: pb.StopDownloadRequest) -> pb.StopDownloadResponse:
@@ -291,13 +298,13 @@ class HubModels:
                 resource=request.model,
             )
         await self._required().halt(job, keep=request.mode == pb.STOP_DOWNLOAD_MODE_PAUSE)
-        actors = self._actors_of(job)
-        return pb.StopDownloadResponse(model=actors[0].snapshot() if actors else job.to_model())
+        sets = self._sets_of(job)
+        return pb.StopDownloadResponse(model=sets[0].snapshot() if sets else job.to_model())
 
     def _job_named(self, name: str) -> Job | None:
         """Return the download of a model, by any of its names."""
-        actor = self._tools.actors.get(self._tools.id_of(name))
-        return self._job(name) if actor is None else self._job_of(actor.entry)
+        replicas = self._tools.models.get(self._tools.id_of(name))
+        return self._job(name) if replicas is None else self._job_of(replicas.entry)
 
     def _job(self, name: str) -> Job | None:
         if self._downloads is None:
@@ -315,8 +322,7 @@ class HubModels:
         return found
 
     def _arrived(self, wanted: Wanted) -> str:
-        actor = self._tools.actors.get(wanted.name)
-        return self._found(wanted.ref) if actor is None else actor.entry.id
+        return wanted.name if wanted.name in self._tools.models else self._found(wanted.ref)
 
     def _required(self) -> Downloads:
         if self._downloads is None:
@@ -329,14 +335,14 @@ class HubModels:
     async def _finished(self, job: Job) -> None:
         """Make the model of a finished download known."""
         await self._rescan()
-        # Actors that a configuration file has made are told of their files by message.
-        await asyncio.gather(*(actor.caught_up() for actor in self._actors_of(job)))
+        # Models that a configuration file has made are told of their files by message.
+        await asyncio.gather(*(replicas.caught_up() for replicas in self._sets_of(job)))
         resolved = job.resolved
         if resolved is not None and any(
-            actor.entry.hub is not None
-            and (actor.entry.hub.repo_id, actor.entry.hub.commit, actor.entry.hub.file)
+            replicas.entry.hub is not None
+            and (replicas.entry.hub.repo_id, replicas.entry.hub.commit, replicas.entry.hub.file)
             == (job.ref.repo_id, resolved.commit, resolved.file)
-            for actor in self._tools.actors.values()
+            for replicas in self._tools.models.values()
         ):
             return
         file = resolved.file if resolved is not None else job.id
@@ -355,19 +361,19 @@ class HubModels:
     # What is shown
 
     def _changed(self, job: Job) -> None:
-        shown = [actor.snapshot() for actor in self._actors_of(job)] or [job.to_model()]
+        shown = [replicas.snapshot() for replicas in self._sets_of(job)] or [job.to_model()]
         for model in shown:
             self._tools.changes.changed(model, model_pb2.MODEL_STATE_UNSPECIFIED)
 
     def _gone(self, job: Job, model: str) -> None:
-        actors = self._actors_of(job)
-        for actor in actors:
-            self._tools.changes.changed(actor.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
-        if not actors:
+        sets = self._sets_of(job)
+        for replicas in sets:
+            self._tools.changes.changed(replicas.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
+        if not sets:
             self._tools.changes.deleted(model)
 
-    def _actors_of(self, job: Job) -> list[Actor]:
-        return [actor for actor in self._tools.actors.values() if _is_of(actor.entry, job)]
+    def _sets_of(self, job: Job) -> list[ReplicaSet]:
+        return [replicas for replicas in self._tools.models.values() if _is_of(replicas.entry, job)]
 
     def _job_of(self, entry: CatalogEntry) -> Job | None:
         if self._downloads is None or _is_local(entry):
@@ -386,7 +392,7 @@ class HubModels:
     def unlisted(self) -> dict[str, model_pb2.Model]:
         """Return the models, by id, of which there is a download and nothing else."""
         jobs = self._downloads.jobs() if self._downloads is not None else ()
-        entries = [actor.entry for actor in self._tools.actors.values()] if jobs else []
+        entries = [replicas.entry for replicas in self._tools.models.values()] if jobs else []
         of_hub = [entry for entry in entries if not _is_local(entry)]
         return {job.id: job.to_model() for job in jobs if not any(_is_of(entry, job) for entry in of_hub)}
 
@@ -404,49 +410,49 @@ class HubModels:
             PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
         """
         model = self._tools.id_of(request.model)
-        actor = self._tools.actors.get(model)
+        replicas = self._tools.models.get(model)
         job = self._job_named(request.model)
-        if actor is not None and _is_local(actor.entry):
+        if replicas is not None and _is_local(replicas.entry):
             field = "model"
             raise InvalidFieldError.of(
                 field,
                 f"{model!r} is a file in a model directory, which the server only reads; remove it there",
             )
-        if actor is None and job is None and not request.allow_missing:
+        if replicas is None and job is None and not request.allow_missing:
             raise ModelNotFoundError.of(request.model)
-        for sharing in self._sharing(actor):
-            if sharing.state.phase not in _AT_REST:
-                why = f"{sharing.entry.id!r} has a worker; unload it first"
+        for sharing in self._sharing(replicas):
+            if not sharing.is_at_rest:
+                why = f"{sharing.model!r} has a worker; unload it first"
                 raise failures.not_deleted(model, why).error()
         if job is not None and job.is_active:
             raise failures.not_deleted(job.id, "a download of it runs; stop that first").error()
         freed = 0
         if job is not None:
             freed += await self._required().halt(job, keep=False)
-        if actor is not None:
-            freed += await asyncio.to_thread(self._remove, actor.entry)
+        if replicas is not None:
+            freed += await asyncio.to_thread(self._remove, replicas.entry)
             await self._rescan()
             # It goes, or stays as a model that is to be downloaded when a configuration file names it.
-            await actor.caught_up()
+            await replicas.caught_up()
             log.info("model_deleted", model=model, freed_bytes=freed)
         return pb.DeleteResponse(freed_bytes=freed)
 
-    def _sharing(self, actor: Actor | None) -> list[Actor]:
-        """Return the actors whose workers have the files of one open, itself among them."""
-        if actor is None:
+    def _sharing(self, replicas: ReplicaSet | None) -> list[ReplicaSet]:
+        """Return the models whose workers have the files of one open, itself among them."""
+        if replicas is None:
             return []
-        return [one for one in self._tools.actors.values() if one.entry.path == actor.entry.path]
+        return [one for one in self._tools.models.values() if one.entry.path == replicas.entry.path]
 
     def _remove(self, entry: CatalogEntry) -> int:
         """Remove the files of a model. Runs in a thread."""
         if entry.hub is None or self._tools.cache_dir is None:
             return 0
         others = [
-            actor.entry
-            for actor in list(self._tools.actors.values())
-            if actor.entry.hub is not None
-            and actor.entry.hub.commit == entry.hub.commit
-            and actor.entry.id != entry.id
+            replicas.entry
+            for replicas in list(self._tools.models.values())
+            if replicas.entry.hub is not None
+            and replicas.entry.hub.commit == entry.hub.commit
+            and replicas.entry.id != entry.id
         ]
         links = list(entry.shard_paths)
         if entry.mmproj_path is not None and all(other.mmproj_path != entry.mmproj_path for other in others):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
 from paddock_server.manager.admission import Admission, Cost
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
+from paddock_server.manager.replicas import shown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,6 +105,19 @@ class Limited:
 LoopMessage: TypeAlias = Entered | Committed | Slept | Leaving | Left | Stayed | Looked | Limited
 
 
+class ReplicaLoop:
+    """The manager loop as one replica tells it things: under the id of the replica, not of its model."""
+
+    def __init__(self, loop: ManagerLoop, replica: str) -> None:
+        self._loop = loop
+        self._replica = replica
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into the inbox."""
+        named = message if isinstance(message, Looked | Limited) else replace(message, model=self._replica)
+        self._loop.tell(named)
+
+
 class ManagerLoop:
     """Owns admission, eviction and the queue for room."""
 
@@ -165,12 +179,12 @@ class ManagerLoop:
             case EvictAsked():
                 log.info(
                     "eviction_asked",
-                    model=order.model,
+                    model=shown_name(order.model),
                     when_drained=order.message.when_drained,
-                    waiting=self._residency.waiting,
+                    waiting=[shown_name(one) for one in self._residency.waiting],
                 )
             case EvictionRelented():
-                log.info("eviction_relented", model=order.model)
+                log.info("eviction_relented", model=shown_name(order.model))
             case _:
                 pass
         peer.tell(order.message)

@@ -1,5 +1,4 @@
-"""`ModelManager`: what the RPCs call. Finds the actor of a model, sends it a message and awaits the
-answer."""
+"""`ModelManager`: what the RPCs call. Finds the model, has its replicas do it and awaits the answer."""
 
 from __future__ import annotations
 
@@ -16,39 +15,37 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import NO_DEFAULTS, CatalogError, InvalidConfigError
 from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.manager import failure as failures
-from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
+from paddock_server.manager.actor import Actor, EntryFound, Rules, Tools
 from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.hub import HubModels, HubTools
-from paddock_server.manager.loop import Limited, ManagerLoop
+from paddock_server.manager.loop import Limited, ManagerLoop, ReplicaLoop
 from paddock_server.manager.messages import (
-    AcquireAsked,
-    CallerLeft,
-    CloseAsked,
     Conflict,
     DefaultsSet,
     FileFound,
     FileGone,
     LoadAsked,
-    SleepAsked,
     TermsSet,
-    UnloadAsked,
 )
 from paddock_server.manager.options import NO_WISH, default_options, terms_of, wish_of
 from paddock_server.manager.pending import PendingLoads
 from paddock_server.manager.prediction import NoPrediction
 from paddock_server.manager.progress import Subscription
+from paddock_server.manager.replica_set import ReplicaSet, SetTools, nobody
+from paddock_server.manager.replicas import shown_name
 from paddock_server.manager.residency import Residency
-from paddock_server.manager.snapshot import Listing, logs_response, public_state
+from paddock_server.manager.snapshot import Listing, logs_response
 from paddock_server.manager.sources import (
     config_problem,
     entry_problem,
+    first_that_fit,
     other_file,
     reload_error,
     startup_loads,
 )
-from paddock_server.manager.state import NEVER, ActorState, Limits, Phase
+from paddock_server.manager.state import ActorState, Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -106,6 +103,7 @@ class ModelManager:
         self._catalog = catalog
         self._config = config
         self._settings = settings
+        self._sets: dict[str, ReplicaSet] = {}
         self._actors: dict[str, Actor] = {}
         self._actor_count = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -117,23 +115,35 @@ class ModelManager:
             patience_seconds=config.patience_seconds,
             waiting_max=config.waiting_models_max,
         )
+        self.memory_held = residency.held_bytes
+        """Gives the bytes that models hold by the ledger, by device."""
         self._loop = ManagerLoop(residency, self._actors.get)
         self._desired = DesiredLoads(config.state_file)
         self._writer: asyncio.Task[None] | None = None
         self._mentioned: dict[str, str] = {}
         self._names: dict[str, str] = {}
-        self._tools = Tools(
-            launcher=launcher,
-            config=config,
-            limits=_limits(config),
+        rules = self._rules = Rules(config, _limits(config), admission)
+        predicts = predictor or NoPrediction()
+
+        def tools_of(replica: str) -> Tools:
+            return Tools(
+                launcher=launcher,
+                rules=rules,
+                predictor=predicts,
+                loop=ReplicaLoop(self._loop, replica),
+                held=lambda: residency.held.get(replica),
+            )
+
+        self._set_tools = SetTools(
+            tools_of=tools_of,
             changes=self._changes,
-            admission=admission,
-            loop=self._loop,
-            predictor=predictor or NoPrediction(),
-            held=residency.held.get,
-            remember=self._remember,
+            new_state=self._new_state,
+            started=self._started,
+            ended=self._ended,
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
+            remember=self._remember,
+            task=self._own_task,
         )
         self.hub = HubModels(self._hub_tools(fetchers or FetcherLauncher()))
         """The models of the Hugging Face Hub: downloads and deletion."""
@@ -149,7 +159,7 @@ class ModelManager:
         return HubTools(
             cache_dir=self._config.hub_cache,
             state_file=self._config.downloads_file,
-            actors=self._actors,
+            models=self._sets,
             id_of=self._id_of,
             changes=self._changes,
             rescan=self.rescan,
@@ -165,22 +175,24 @@ class ModelManager:
             CatalogError: a model directory cannot be listed.
         """
         await self._desired.read()
+        await self.hub.finish_removals()
         await self.rescan()
         self._own_task(self._loop.run(), "manager-loop")
         self._writer = self._own_task(self._desired.run(), "desired-loads")
-        await self.hub.start()
-        self._replay()
+        await self.hub.start(resume=self._config.restore)
+        if self._config.restore:
+            self._replay()
         self._load_on_startup()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Refuse new requests, let running ones end within `drain_seconds`, stop every worker."""
         self._closing = True
         await self.hub.stop()
-        actors = list(self._actors.values())
-        for actor in actors:
-            actor.tell(CloseAsked(drain_seconds))
-        if actors:
-            waits = [asyncio.create_task(actor.closed.wait()) for actor in actors]
+        models = list(self._sets.values())
+        for replicas in models:
+            replicas.close(drain_seconds)
+        if models:
+            waits = [asyncio.create_task(replicas.closed()) for replicas in models]
             _, late = await asyncio.wait(waits, timeout=drain_seconds + STOP_MARGIN_SECONDS)
             for task in late:
                 task.cancel()
@@ -207,37 +219,61 @@ class ModelManager:
 
     def _replay(self) -> None:
         """Load again what the operator had loaded, as far as there is room; the latest loads first of all."""
-        loads = dict(self._desired.loads)
-        present = [model for model in loads if model in self._actors or self.hub.is_unfinished(model)]
-        missing = [model for model in loads if model not in present]
-        kept = present[-self._config.models_max :] if self._config.models_max else present
+        missing = [model for model in self._desired.loads if not self._can_come_back(model)]
         if missing:
             log.warning("remembered_models_missing", models=missing)
-        for model in kept:
+        latest_first = dict(reversed(self._remembered().items()))
+        room = self._config.models_max or sum(latest_first.values())
+        for model in reversed(first_that_fit(latest_first, room)):
             log.info("load_replayed", model=model)
-            self._begin_load(model, LoadAsked(_nobody(), loads[model]))
+            self._begin_load(model, LoadAsked(nobody(), self._desired.loads[model]))
+
+    def _can_come_back(self, model: str) -> bool:
+        return model in self._sets or self.hub.is_unfinished(model)
+
+    def _remembered(self) -> dict[str, int]:
+        """Return what the operator had loaded, as far as it is there or arrives: replicas by model."""
+        return {
+            model: self._replicas_of(model, wish)
+            for model, wish in self._desired.loads.items()
+            if self._can_come_back(model)
+        }
+
+    def _replicas_of(self, model: str, wish: Wish) -> int:
+        if model not in self._sets:
+            return wish.replica_count or 1
+        entry = self._sets[model].entry
+        return wish.filled(default_options(self._config, entry.facts, entry.setup)).replica_count
 
     def _load_on_startup(self) -> None:
         """Load what the configuration wants loaded, as far as there is room."""
-        entries = [actor.entry for actor in self._actors.values()]
-        kept, left_out = startup_loads(entries, self._desired.loads.keys(), self._config.models_max)
+        entries = [replicas.entry for replicas in self._sets.values()]
+        replayed = self._remembered() if self._config.restore else {}
+        kept, left_out = startup_loads(entries, replayed, self._config.models_max)
         if left_out:
             log.warning("load_on_startup_without_room", models=left_out, models_max=self._config.models_max)
         for model in kept:
-            self._begin_load(model, LoadAsked(_nobody(), NO_WISH, explicit=False))
+            self._begin_load(model, LoadAsked(nobody(), NO_WISH, explicit=False))
 
     def _begin_load(self, model: str, asked: LoadAsked) -> None:
         """Load a model that nobody calls for, downloading it first where it has to be."""
         wanted = self.hub.wanted(model)
-        if wanted is None:
-            self._actors[model].tell(asked)
-        else:
+        if wanted is not None:
             self._own_task(self._pending.run(wanted, asked), f"load-{model}")
+        elif model in self._sets:
+            self._sets[model].load(asked)
+        else:  # Its download had ended, and it goes by another name.
+            log.warning("remembered_models_missing", models=[model])
 
     @property
     def config(self) -> ManagerConfig:
         """The settings as they are after the latest reload."""
         return self._config
+
+    @property
+    def memory_budget(self) -> Mapping[str, int]:
+        """Bytes that models may have, by device. A device that is not named has no limit."""
+        return self._rules.admission.budget
 
     # What the RPCs ask for
 
@@ -264,15 +300,17 @@ class ModelManager:
         elif (ref := self.hub.ref_of(request.model, source)) is not None:
             await self._load_by_id(self.hub.find(ref) or request.model, asked)
         else:
-            (await self._load_target(request)).tell(asked)
+            (await self._load_target(request)).load(asked)
         try:
             while (event := await subscription.next()) is not None:
+                if event.HasField("loaded"):
+                    await self._desired.caught_up()
                 yield event
         finally:
             subscription.closed = True
 
     async def _load_by_id(self, model: str, asked: LoadAsked) -> None:
-        (await self._actor_to_load(model)).tell(asked)
+        (await self._to_load(model)).load(asked)
 
     async def would_load(self, request: pb.LoadRequest) -> tuple[CatalogEntry, Options]:
         """Return what a load would read, and the options it would have; nothing is started.
@@ -298,25 +336,18 @@ class ModelManager:
         if wanted is not None and not request.load_id:  # A load that still downloads has no id.
             aborted = await self.hub.call_off(wanted, failures.load_aborted(wanted.name))
             self._desired.put(wanted.name, None)
-        if self._id_of(request.model) not in self._actors and (pending := self.hub.pending(request.model)):
+        if self._id_of(request.model) not in self._sets and (pending := self.hub.pending(request.model)):
+            await self._desired.caught_up()
             return pb.UnloadResponse(model=pending, aborted_request_count=aborted)
-        actor = await self._actor(request.model)
-        reply: asyncio.Future[pb.UnloadResponse] = asyncio.get_running_loop().create_future()
+        replicas = await self._replicas(request.model)
         timeout = request.drain_timeout
-        own = actor.entry.setup.drain_seconds
+        own = replicas.entry.setup.drain_seconds
         drain_seconds = self._config.drain_seconds if own is None else own
-        actor.tell(
-            UnloadAsked(
-                reply,
-                force=request.mode == pb.UNLOAD_MODE_FORCE,
-                drain_seconds=(
-                    timeout.ToNanoseconds() / 1e9 if request.HasField("drain_timeout") else drain_seconds
-                ),
-                only_load_id=request.load_id,
-            )
-        )
-        response = await reply
+        if request.HasField("drain_timeout"):
+            drain_seconds = timeout.ToNanoseconds() / 1e9
+        response = await replicas.unload(request, drain_seconds)
         response.aborted_request_count += aborted
+        await self._desired.caught_up()
         return response
 
     async def sleep(self, request: pb.SleepRequest) -> pb.SleepResponse:
@@ -325,10 +356,7 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND, MODEL_NOT_LOADED, MODEL_IN_USE.
         """
-        actor = await self._actor(request.model)
-        reply: asyncio.Future[pb.SleepResponse] = asyncio.get_running_loop().create_future()
-        actor.tell(SleepAsked(reply))
-        return await reply
+        return await (await self._replicas(request.model)).sleep()
 
     async def pin(self, request: pb.PinRequest) -> pb.PinResponse:
         """Pin a model or take the pin off, now and after a restart.
@@ -336,12 +364,12 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND.
         """
-        actor = await self._actor(request.model)
+        replicas = await self._replicas(request.model)
         pinned = not request.unpin
-        self._desired.pin(actor.state.model, pinned, _file_of(actor.entry))
-        actor.tell(TermsSet(replace(actor.state.terms, pinned=pinned)))
-        await actor.caught_up()
-        return pb.PinResponse(model=actor.snapshot())
+        self._desired.pin(replicas.model, pinned, _file_of(replicas.entry))
+        await replicas.set_terms(replace(replicas.terms, pinned=pinned))
+        await self._desired.caught_up()
+        return pb.PinResponse(model=replicas.snapshot())
 
     async def acquire(
         self,
@@ -368,22 +396,12 @@ class ModelManager:
             if not allowed:
                 raise failures.model_not_loaded(model).error()
             model = await self.hub.ensure(wanted, may_begin=self._config.autoload_downloads)
-        actor = await self._actor_to_load(model)
-        if actor.state.phase is not Phase.READY and self._waiting >= self._config.waiting_requests_max:
+        replicas = await self._to_load(model)
+        if not replicas.serves and self._waiting >= self._config.waiting_requests_max:
             raise failures.too_many_requests_wait(model, self._waiting).error()
-        loop = asyncio.get_running_loop()
-        caller = Acquiring(loop.create_future(), loop.time(), keep_alive_seconds)
-        actor.tell(AcquireAsked(caller, allowed))
         self._waiting += 1
         try:
-            return await caller.reply
-        except asyncio.CancelledError:
-            reply = caller.reply
-            if reply.done() and not reply.cancelled() and reply.exception() is None:
-                reply.result().release()
-            else:
-                actor.tell(CallerLeft(caller))
-            raise
+            return await replicas.acquire(keep_alive_seconds, autoload=allowed)
         finally:
             self._waiting -= 1
 
@@ -393,22 +411,22 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND.
         """
-        if self._id_of(model) not in self._actors and (pending := self.hub.pending(model)) is not None:
+        if self._id_of(model) not in self._sets and (pending := self.hub.pending(model)) is not None:
             return pending
-        return (await self._actor(model)).snapshot()
+        return (await self._replicas(model)).snapshot()
 
     def listing(self) -> Listing:
         """Return what List shows, ordered by id, without making a message of any model yet."""
-        shown = {model for model, actor in self._actors.items() if not actor.entry.setup.hidden}
+        shown = {model for model, replicas in self._sets.items() if not replicas.entry.setup.hidden}
         downloads = self.hub.unlisted()
 
         def state_of(model: str) -> model_pb2.ModelState.ValueType:
-            return downloads[model].state if model in downloads else public_state(self._actors[model].state)
+            return downloads[model].state if model in downloads else self._sets[model].state
 
         def model_of(model: str) -> model_pb2.Model:
             if model in downloads:
                 return downloads[model]
-            return self._actors[model].snapshot()
+            return self._sets[model].snapshot()
 
         return Listing(sorted(shown | downloads.keys()), state_of, model_of, self._changes.revision)
 
@@ -418,8 +436,8 @@ class ModelManager:
 
     def request_defaults(self, name: str) -> RequestDefaults:
         """Return what requests by this name take for fields they leave unset."""
-        actor = self._actors.get(self._id_of(name))
-        return NO_DEFAULTS if actor is None else actor.entry.setup.names.get(name, NO_DEFAULTS)
+        replicas = self._sets.get(self._id_of(name))
+        return NO_DEFAULTS if replicas is None else replicas.entry.setup.names.get(name, NO_DEFAULTS)
 
     async def reload(self) -> pb.ReloadResponse:
         """Read the configuration files and the model directories again, and take over what changed.
@@ -449,16 +467,16 @@ class ModelManager:
         if settings.config == self._config:
             return False
         log.info("settings_changed")
-        self._config = self._tools.config = settings.config
-        self._tools.limits = _limits(settings.config)
-        self._tools.admission = settings.admission
+        self._config = self._rules.config = settings.config
+        self._rules.limits = _limits(settings.config)
+        self._rules.admission = settings.admission
         self._loop.tell(Limited(settings.admission))
         return True
 
     def _set_defaults(self, found: Mapping[str, CatalogEntry]) -> None:
         for model, entry in found.items():
             defaults = default_options(self._config, entry.facts, entry.setup)
-            self._actors[model].tell(DefaultsSet(defaults))
+            self._sets[model].tell(DefaultsSet(defaults))
 
     def snapshots(self) -> tuple[list[model_pb2.Model], int]:
         """Return every model, ordered by id, and the revision they reflect."""
@@ -474,7 +492,7 @@ class ModelManager:
         Raises:
             PaddockError: MODEL_NOT_FOUND.
         """
-        return (await self._actor(model)).log_ring
+        return (await self._replicas(model)).log_ring
 
     async def stream_logs(self, request: pb.StreamLogsRequest) -> AsyncGenerator[pb.StreamLogsResponse]:
         """Stream what the model's workers wrote."""
@@ -497,25 +515,25 @@ class ModelManager:
 
     # Finding models
 
-    async def _actor(self, model: str) -> Actor:
-        """Return the actor of a model, by any of its names; an unknown one is looked for on disk first."""
-        if self._id_of(model) not in self._actors:
+    async def _replicas(self, model: str) -> ReplicaSet:
+        """Return a model, by any of its names; an unknown one is looked for on disk first."""
+        if self._id_of(model) not in self._sets:
             await self._scan_soon()
         try:
-            return self._actors[self._id_of(model)]
+            return self._sets[self._id_of(model)]
         except KeyError:
             raise ModelNotFoundError.of(model) from None
 
     def _id_of(self, name: str) -> str:
         known = self._names.get(name, name)
-        return known if known in self._actors else self.hub.id_of(known)
+        return known if known in self._sets else self.hub.id_of(known)
 
-    async def _actor_to_load(self, model: str) -> Actor:
-        """Return the actor of a model to load; the file of a broken one may be another by now."""
-        actor = self._actors.get(self._id_of(model))
-        if actor is not None and (actor.entry.problem is not None or actor.state.held_until == NEVER):
+    async def _to_load(self, model: str) -> ReplicaSet:
+        """Return a model to load; the file of a broken one may be another by now."""
+        replicas = self._sets.get(self._id_of(model))
+        if replicas is not None and (replicas.entry.problem is not None or replicas.is_given_up):
             await self._scan_soon()
-        return await self._actor(model)
+        return await self._replicas(model)
 
     async def _scan_soon(self) -> None:
         """Wait for a scan that begins after this call. Any number of callers share one a second."""
@@ -554,29 +572,30 @@ class ModelManager:
         self._names = {name: model for model, entry in found.items() for name in entry.setup.names}
         self._desired.follow(found, self._names, lambda model: _file_of(found[model]))
         for model, entry in found.items():
-            actor = self._actors.get(model)
-            if actor is None:
-                self._add(entry)
+            replicas = self._sets.get(model)
+            if replicas is None:
+                self._sets[model] = ReplicaSet(entry, self._set_tools)
                 difference.added.append(model)
-            elif actor.state.gone or (actor.entry is not entry and actor.entry != entry):
+            elif replicas.is_gone or (replicas.entry is not entry and replicas.entry != entry):
                 defaults = default_options(self._config, entry.facts, entry.setup)
-                reread = reloading and entry.absent is None and other_file(actor.entry, entry)
+                reread = reloading and entry.absent is None and other_file(replicas.entry, entry)
                 event = FileFound(defaults, entry_problem(entry), reloading, reread)
-                actor.tell(EntryFound(entry, event))
-                actor.tell(TermsSet(terms_of(entry.setup, self._desired.pins.get(model))))
+                replicas.tell(EntryFound(entry, event))
+                replicas.tell(TermsSet(terms_of(entry.setup, self._desired.pins.get(model))))
                 difference.changed.append(model)
             else:
                 difference.unchanged_count += 1
-        for model in sorted(self._actors.keys() - found.keys()):
-            actor = self._actors[model]
-            if reloading or not actor.state.gone:
-                actor.tell(FileGone(reloading))
+        for model in sorted(self._sets.keys() - found.keys()):
+            replicas = self._sets[model]
+            if reloading or not replicas.is_gone:
+                replicas.tell(FileGone(reloading))
                 difference.removed.append(model)
         return difference
 
-    def _add(self, entry: CatalogEntry) -> None:
+    def _new_state(self, entry: CatalogEntry) -> ActorState:
         defaults = default_options(self._config, entry.facts, entry.setup)
-        state = ActorState(
+        self._actor_count += 1
+        return ActorState(
             model=entry.id,
             defaults=defaults,
             options=defaults,
@@ -587,16 +606,19 @@ class ModelManager:
             # A model that went and came back must not take messages meant for the one before it.
             ticket=self._actor_count << 32,
         )
-        self._actor_count += 1
-        actor = Actor(entry, state, self._tools)
-        self._actors[entry.id] = actor
-        self._tasks[entry.id] = self._task(actor.run(), f"model-{entry.id}")
-        self._changes.changed(actor.snapshot(), model_pb2.MODEL_STATE_UNSPECIFIED)
 
-    async def _load_target(self, request: pb.LoadRequest) -> Actor:
-        """Return the actor a `LoadRequest` means, after checking its source."""
+    def _started(self, replica: str, actor: Actor) -> None:
+        self._actors[replica] = actor
+        self._tasks[replica] = self._task(actor.run(), f"model-{shown_name(replica)}")
+
+    def _ended(self, replica: str) -> None:
+        del self._actors[replica]
+        self._tasks.pop(replica).cancel()
+
+    async def _load_target(self, request: pb.LoadRequest) -> ReplicaSet:
+        """Return the model a `LoadRequest` means, after checking its source."""
         if not request.HasField("source"):
-            return await self._actor_to_load(request.model)
+            return await self._to_load(request.model)
         path = request.source.local.path
         if not request.source.HasField("local"):
             msg = "source"
@@ -605,27 +627,26 @@ class ModelManager:
             entry = await asyncio.to_thread(self._catalog.resolve_local, path)
         except CatalogError as error:
             raise InvalidFieldError.of(error.field, error.message) from error
-        if entry.id == request.model and request.model not in self._actors:
+        if entry.id == request.model and request.model not in self._sets:
             self._mentioned[entry.id] = path
-        actor = await self._actor_to_load(request.model)
-        if actor.entry.path != entry.path:
+        replicas = await self._to_load(request.model)
+        if replicas.entry.path != entry.path:
             msg = "source.local.path"
             raise InvalidFieldError.of(
                 msg,
-                f"{path!r} is model {entry.id!r}; {request.model!r} is at {actor.entry.relative_path!r}",
+                f"{path!r} is model {entry.id!r}; {request.model!r} is at {replicas.entry.relative_path!r}",
             )
-        return actor
+        return replicas
 
     def _models(self) -> list[model_pb2.Model]:
-        models = {model: actor.snapshot() for model, actor in self._actors.items()} | self.hub.unlisted()
+        models = {model: replicas.snapshot() for model, replicas in self._sets.items()} | self.hub.unlisted()
         return [models[model] for model in sorted(models)]
 
     def _remember(self, model: str, wish: Wish | None) -> None:
-        self._desired.put(model, wish, _file_of(self._actors[model].entry))
+        self._desired.put(model, wish, _file_of(self._sets[model].entry))
 
     def _vanished(self, model: str) -> None:
-        self._actors.pop(model).log_ring.close()
-        self._tasks.pop(model).cancel()
+        del self._sets[model]
         self._changes.deleted(model)
 
 
@@ -642,13 +663,6 @@ def _limits(config: ManagerConfig) -> Limits:
         restart=config.restart,
         load_restart=config.load_restart,
     )
-
-
-def _nobody() -> Subscription:
-    """Return the subscriber of a load that no call asks for."""
-    subscription = Subscription()
-    subscription.closed = True
-    return subscription
 
 
 def _log_bug(task: asyncio.Task[None]) -> None:

@@ -16,7 +16,7 @@ from enum import Enum, StrEnum, auto
 from typing import TypeAlias
 
 from paddock_server.manager.failure import Failure
-from paddock_server.manager.options import Options, Terms, Wish
+from paddock_server.manager.options import NO_WISH, Options, Terms, Wish
 
 Caller: TypeAlias = Hashable
 
@@ -45,6 +45,17 @@ class Timer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class NextLoad:
+    """A load to begin: now, or as soon as the worker that is being stopped is gone."""
+
+    options: Options
+    explicit: bool
+    timeout_seconds: float | None = None
+    wish: Wish = NO_WISH
+    """Which of the options somebody has set; the others are the defaults."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAsked:
     """Somebody calls Load."""
 
@@ -54,6 +65,10 @@ class LoadAsked:
     timeout_seconds: float | None = None
     explicit: bool = True
     """Whether an operator wants it, so that it is to come back after a restart of the server."""
+
+    planned: NextLoad | None = None
+    """What a load that begins is to be, where that is decided for several replicas together; else it is what
+    the wish leaves of the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,11 @@ class CallerLeft:
     """A request that asked for a lease does not want it any more."""
 
     caller: Caller
+
+
+@dataclass(frozen=True, slots=True)
+class DemandGone:
+    """Nobody waits for the model any more, at any replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +247,7 @@ Event: TypeAlias = (
     LoadAsked
     | AcquireAsked
     | CallerLeft
+    | DemandGone
     | LeaseReturned
     | SleepAsked
     | TermsSet

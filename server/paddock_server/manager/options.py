@@ -36,18 +36,20 @@ class Options:
     cache_type_v: str = DEFAULT_CACHE_TYPE
     idle_timeout_seconds: float = 0.0
     sleep_timeout_seconds: float = 0.0
+    replica_count: int = 1
 
     def to_proto(self) -> model_pb2.RuntimeOptions:
         """Return the message for `Model.runtime_options`."""
-        proto = model_pb2.RuntimeOptions(**{name: getattr(self, name) for name in _STARTED_WITH})
+        counts = {name: getattr(self, name) for name in (*_STARTED_WITH, *_COUNTS)}
+        proto = model_pb2.RuntimeOptions(**counts)
         for name, field_name in _TIMES.items():
             getattr(proto, field_name).FromNanoseconds(int(getattr(self, name) * 1e9))
         return proto
 
     @property
-    def times(self) -> dict[str, float]:
-        """Those that need no other load: the idle times, in seconds."""
-        return {name: getattr(self, name) for name in _TIMES}
+    def in_place(self) -> dict[str, float]:
+        """Those that need no other load: idle times, in seconds, and the number of replicas."""
+        return {name: getattr(self, name) for name in (*_TIMES, *_COUNTS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,9 @@ _TIMES: Final[Mapping[str, str]] = MappingProxyType(
 """The options that are the server's affair, and their fields: how long a model may be idle before it is
 unloaded, or put to sleep. They need no other load."""
 
+_COUNTS: Final[Mapping[str, _Range]] = MappingProxyType({"replica_count": _Range(1, 16)})
+"""The numbers that are the server's affair, and what they may be. They need no other load either."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -101,22 +106,28 @@ class Wish:
     values: Mapping[str, int | str]
     """By name of the field; only those a worker is started with."""
 
-    times: Mapping[str, float] = field(default_factory=dict[str, float])
-    """By name of the option, in seconds; only those a worker does not know of."""
+    in_place: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By name of the option, times in seconds; only those a worker does not know of."""
+
+    @property
+    def replica_count(self) -> int | None:
+        """The number of replicas that was set."""
+        count = self.in_place.get("replica_count")
+        return None if count is None else int(count)
 
     def filled(self, defaults: Options) -> Options:
         """Return all options: what was set, and the defaults."""
-        return replace(defaults, **dict[str, Any](self.values), **self.times)
+        return replace(defaults, **dict[str, Any](self.values), **dict[str, Any](self.in_place))
 
     def and_then(self, later: Wish) -> Wish:
         """Return what is set when two wishes come one after the other."""
-        return Wish({**self.values, **later.values}, {**self.times, **later.times})
+        return Wish({**self.values, **later.values}, {**self.in_place, **later.in_place})
 
     def conflicts(self, asked: Options, effective: Options | None) -> tuple[str, ...]:
         """Return the names of the options that were set and that a load does not have.
 
         `asked` is what the load was started with and `effective` what the worker made of it (a context size
-        of 0 becomes the trained one). Agreeing with either is agreeing. The idle times need no other load.
+        of 0 becomes the trained one). Agreeing with either is agreeing. What needs no other load is left out.
         """
         return tuple(
             name
@@ -144,20 +155,27 @@ def wish_of(options: model_pb2.RuntimeOptions) -> Wish:
         fault = _fault(name, values[name])
         if fault is not None:
             violations.append(FieldViolation(f"{FIELD}.{name}", f"{fault}, not {values[name]}"))
-    times: dict[str, float] = {}
+    in_place: dict[str, float] = {}
+    for name in _COUNTS:
+        if not options.HasField(name):  # pyright: ignore[reportArgumentType]  # the stub wants a literal
+            continue
+        in_place[name] = getattr(options, name)
+        fault = _fault(name, in_place[name])
+        if fault is not None:
+            violations.append(FieldViolation(f"{FIELD}.{name}", f"{fault}, not {in_place[name]}"))
     for name, field_name in _TIMES.items():
         if not options.HasField(field_name):  # pyright: ignore[reportArgumentType]  # the stub wants a literal
             continue
         duration = getattr(options, field_name)
-        times[name] = duration.seconds + duration.nanos / 1e9
-        if not 0 <= times[name] <= MAX_IDLE_SECONDS:
+        in_place[name] = duration.seconds + duration.nanos / 1e9
+        if not 0 <= in_place[name] <= MAX_IDLE_SECONDS:
             description = f"must be from 0 to {MAX_IDLE_SECONDS} seconds; 0 turns it off"
             violations.append(FieldViolation(f"{FIELD}.{field_name}", description))
     if violations:
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
         metadata = {"field": violations[0].field}
         raise InvalidFieldError(Reason.INVALID_FIELD, message, metadata=metadata, violations=violations)
-    return Wish(values, times)
+    return Wish(values, in_place)
 
 
 def _fault(name: str, value: object) -> str | None:
@@ -165,7 +183,7 @@ def _fault(name: str, value: object) -> str | None:
     if name in _CHOICES:
         choices = _CHOICES[name]
         return None if value in choices else f"must be one of {', '.join(choices)}"
-    low, high = _RANGES[name]
+    low, high = _RANGES[name] if name in _RANGES else _COUNTS[name]
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return None
     return f"must be from {low} to {high}"
@@ -252,7 +270,16 @@ def stored_wish(stored: Mapping[str, object]) -> Wish:
             message = f"{name} is {value!r}; it {fault}"
             raise ValueError(message)
         values[name] = value
-    times: dict[str, float] = {}
+    in_place: dict[str, float] = {}
+    for name in _COUNTS:
+        value = stored.get(name)
+        if value is None:
+            continue
+        fault = _fault(name, value)
+        if fault is not None or not isinstance(value, int):
+            message = f"{name} is {value!r}; it {fault}"
+            raise ValueError(message)
+        in_place[name] = value
     for name in _TIMES:
         value = stored.get(name)
         if value is None:
@@ -264,5 +291,5 @@ def stored_wish(stored: Mapping[str, object]) -> Wish:
         ):
             message = f"{name} is {value!r}; it must be from 0 to {MAX_IDLE_SECONDS}"
             raise ValueError(message)
-        times[name] = float(value)
-    return Wish(values, times)
+        in_place[name] = float(value)
+    return Wish(values, in_place)

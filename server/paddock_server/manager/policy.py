@@ -8,6 +8,7 @@
 - One who has waited for longer than the patience is owed a place: the model that has been loaded for the
   longest time takes no new requests, lets its running ones end, and goes. It is let off when that is no
   longer needed.
+- A replica never has another one of its model go.
 - Only as many go as are needed, and what is leaving already counts.
 - A model that took more than was predicted has the cheapest idle ones go until the budget is kept again.
 """
@@ -21,6 +22,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
 from paddock_server.manager.admission import Cost
+from paddock_server.manager.replicas import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,16 +154,30 @@ class _Planner:
     def _make_room(self, candidate: Waiting) -> bool:
         """Choose who goes so that the candidate will fit; nobody when it would not fit even then."""
         aged = self._now >= candidate.since + self._patience
-        return self._evict(_AGED_ORDER if aged else _ORDER, lambda staying: self._fits(staying, candidate))
+        return self._evict(
+            _AGED_ORDER if aged else _ORDER, lambda staying: self._fits(staying, candidate), candidate.model
+        )
 
     def _fits(self, held: Sequence[Resident], candidate: Waiting) -> bool:
         """Whether a candidate fits; what it holds itself, when it sleeps, becomes part of its new cost."""
         return self._admission.fits(_costs(_others(held, candidate)), candidate.cost)
 
-    def _evict(self, order: Sequence[Standing], enough: Callable[[Sequence[Resident]], bool]) -> bool:
-        """Choose the cheapest victims of these standings, so that what stays leaves enough."""
+    def _evict(
+        self, order: Sequence[Standing], enough: Callable[[Sequence[Resident]], bool], wanted_by: str = ""
+    ) -> bool:
+        """Choose the cheapest victims of these standings, so that what stays leaves enough.
+
+        No replica goes for another one of its model, unless it goes anyway.
+        """
         candidates = sorted(
-            (resident for resident in self._staying if resident.standing in order),
+            (
+                resident
+                for resident in self._staying
+                if resident.standing in order
+                and (
+                    model_of(resident.model) != model_of(wanted_by) or resident.standing is Standing.DRAINING
+                )
+            ),
             key=lambda resident: self._rank(resident, order),
         )
         if not enough(_without(self._staying, candidates)):

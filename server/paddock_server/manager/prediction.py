@@ -62,7 +62,9 @@ class MemoryPredictor:
         if entry.facts is None:  # Its problem has been told before.
             return Prediction({}, options)
         shape = shape_of(entry)
-        taken = chosen(shape, load_options(options), self._placement, self._budget)
+        # Replicas of a model are all of one size: what is left to the server is chosen for one's share.
+        share = {device: size // options.replica_count for device, size in self._budget.items()}
+        taken = chosen(shape, load_options(options), self._placement, share)
         sized = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
         sizes = estimate(shape, taken, self._placement).totals
         known = self._measured.get(_key(entry, sized))

@@ -7,15 +7,17 @@ own actor.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paddock_server.manager import failure as failures
-from paddock_server.manager.admission import Cost
+from paddock_server.manager.admission import Cost, device_bytes
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
 from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, plan
+from paddock_server.manager.replicas import model_of, shown_name
 from paddock_server.manager.state import Cause, Phase
 
 if TYPE_CHECKING:
@@ -91,6 +93,14 @@ class Residency:
         """Who holds what, by model."""
         return self._held
 
+    def held_bytes(self, *, without: str = "") -> Mapping[str, int]:
+        """Return what models hold, by device; of all but the one that is named."""
+        total: Counter[str] = Counter()
+        for model, holding in self._held.items():
+            if model != without:
+                total.update(device_bytes(holding.cost))
+        return total
+
     @property
     def waiting(self) -> tuple[str, ...]:
         """Who waits, first come first."""
@@ -99,9 +109,9 @@ class Residency:
     def enter(self, model: str, ticket: int, cost: Cost, now: float) -> Order | None:
         """Queue a model; or return its refusal."""
         if not self._admission.fits((), cost):
-            failure = failures.never_fits(model, self._admission.figures({}, cost))
+            failure = failures.never_fits(model_of(model), self._admission.figures({}, cost))
         elif len(self._waiting) >= self._waiting_max:
-            failure = failures.too_many_models_wait(model, len(self._waiting))
+            failure = failures.too_many_models_wait(model_of(model), len(self._waiting))
         else:
             self._waiting[model] = _Entry(ticket, cost, now)
             return None
@@ -151,11 +161,32 @@ class Residency:
         ):
             return [], None
         looks = {model: look(model) for model in self._held}
-        refusals = list(self._refuse_beside_pinned(looks))
+        refusals = [*self._refuse_beside_replicas(looks), *self._refuse_beside_pinned(looks)]
         residents = [self._resident(model, holding, looks[model]) for model, holding in self._held.items()]
         waiting = [Waiting(model, entry.cost, entry.since) for model, entry in self._waiting.items()]
         chosen = plan(residents, waiting, self._admission, now, self._patience)
         return [*refusals, *self._carry_out(chosen)], chosen.wake_at
+
+    def _refuse_beside_replicas(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
+        """Turn away replicas that would wait for room that others of their model hold."""
+        for replica, entry in list(self._waiting.items()):
+            others = {
+                name: holding.cost
+                for name, holding in self._held.items()
+                if name != replica and model_of(name) == model_of(replica) and self._stays(name, looks[name])
+            }
+            if others and not self._admission.fits(others.values(), entry.cost):
+                del self._waiting[replica]
+                model = model_of(replica)
+                failure = failures.no_room_beside_replicas(model, len(others), self._figures(others, entry))
+                yield Order(replica, AdmissionRefused(entry.ticket, failure))
+
+    def _stays(self, model: str, look: Look | None) -> bool:
+        return self._resident(model, self._held[model], look).standing in _IN_PLACE
+
+    def _figures(self, others: Mapping[str, Cost], entry: _Entry) -> Mapping[str, str]:
+        shown = {shown_name(name): cost for name, cost in others.items()}
+        return self._admission.figures(shown, entry.cost)
 
     def _refuse_beside_pinned(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
         """Turn away who would wait for room that pinned models will never make."""
@@ -168,8 +199,9 @@ class Residency:
             others = {name: cost for name, cost in pinned.items() if name != model}
             if not self._admission.fits(others.values(), entry.cost):
                 del self._waiting[model]
-                figures = self._admission.figures(others, entry.cost)
-                failure = failures.no_room_beside_pinned(model, sorted(others), figures)
+                names = sorted({model_of(name) for name in others})
+                figures = self._figures(others, entry)
+                failure = failures.no_room_beside_pinned(model_of(model), names, figures)
                 yield Order(model, AdmissionRefused(entry.ticket, failure))
 
     def _carry_out(self, chosen: Plan) -> Iterable[Order]:
@@ -204,6 +236,9 @@ class Residency:
             look.terms.priority,
         )
 
+
+_IN_PLACE: Final = frozenset({Standing.FIXED, Standing.IDLE, Standing.BUSY})
+"""Who stays if nobody asks it to go."""
 
 _STAYING: Final = frozenset({Phase.READY, Phase.SLEEPING})
 """A pinned model in one of these is there to stay."""

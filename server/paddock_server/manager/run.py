@@ -65,6 +65,10 @@ class LiveWorker(Protocol):
         """Load the model. Raises `PaddockError`."""
         ...
 
+    def begin_load(self, load_id: str) -> None:
+        """Say which load comes next, after `sleep`; its log lines carry the id."""
+        ...
+
     def abort_load(self) -> None:
         """Have the load given up."""
         ...
@@ -160,7 +164,9 @@ class WorkerRun:
     def wake(self, plan: RunPlan) -> None:
         """Have a worker that sleeps load again."""
         self._plan = plan
-        self._start_task = self._begin(self._load(self._live_worker()))
+        worker = self._live_worker()
+        worker.begin_load(plan.spec.load_id)
+        self._start_task = self._begin(self._load(worker))
 
     def stop(self, reason: str) -> None:
         """Stop the worker, whatever it is doing."""

@@ -120,6 +120,7 @@ def model_proto(
         model.runtime_options.CopyFrom((state.effective or state.options).to_proto())
     if worker is not None:
         model.worker.CopyFrom(_worker(worker, state.restart_count))
+        model.workers.add().CopyFrom(model.worker)
     if state.failure is not None:
         model.last_failure.CopyFrom(state.failure.to_proto(times.failed))
     if state.phase is Phase.READY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 from paddock.errors import PaddockError, Reason, make_error
@@ -10,7 +11,7 @@ from paddock_server.catalog import InvalidConfigError
 from paddock_server.manager.failure import not_downloaded, problem
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from paddock_server.catalog import CatalogEntry, CatalogError, Problem
     from paddock_server.manager.failure import Failure
@@ -44,16 +45,25 @@ def entry_problem(entry: CatalogEntry) -> Failure | None:
 
 
 def startup_loads(
-    entries: Sequence[CatalogEntry], remembered: Collection[str], models_max: int
+    entries: Sequence[CatalogEntry], remembered: Mapping[str, int], models_max: int
 ) -> tuple[list[str], list[str]]:
     """Return which models to load at the start beside the remembered ones, and which have no room.
 
-    The highest priorities come first. `models_max` is the most models loaded at once, 0 for no limit.
+    The highest priorities come first. `remembered` has the number of replicas by model. `models_max` is the
+    most workers there are at once, 0 for no limit.
     """
     wanted = [entry for entry in entries if entry.setup.load_on_startup and entry.id not in remembered]
-    ids = [entry.id for entry in sorted(wanted, key=lambda entry: -entry.setup.priority)]
-    room = max(0, models_max - len(remembered)) if models_max else len(ids)
-    return ids[:room], ids[room:]
+    wanted.sort(key=lambda entry: -entry.setup.priority)
+    counts = {entry.id: int(entry.setup.options.get("replica_count", 1)) for entry in wanted}
+    room = max(0, models_max - sum(remembered.values())) if models_max else sum(counts.values())
+    kept = first_that_fit(counts, room)
+    return kept, list(counts)[len(kept) :]
+
+
+def first_that_fit(counts: Mapping[str, int], room: int) -> list[str]:
+    """Return the first models, in their order, whose replicas there is room for together."""
+    totals = accumulate(counts.values())
+    return [model for model, total in zip(counts, totals, strict=True) if total <= room]
 
 
 def other_file(old: CatalogEntry, new: CatalogEntry) -> bool:

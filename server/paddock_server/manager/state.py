@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock.v1 import model_pb2
 from paddock_server.manager.failure import Failure
-from paddock_server.manager.messages import Caller
+from paddock_server.manager.messages import Caller, NextLoad
 from paddock_server.manager.options import NO_WISH, Options, Terms, Wish
 from paddock_server.supervisor import RestartPolicy
 
@@ -98,17 +98,6 @@ class Limits:
     admission_timeout_seconds: float = 600.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     load_restart: RestartPolicy = field(default_factory=lambda: RestartPolicy(max_crash_count=2))
-
-
-@dataclass(frozen=True, slots=True)
-class NextLoad:
-    """A load to begin: now, or as soon as the worker that is being stopped is gone."""
-
-    options: Options
-    explicit: bool
-    timeout_seconds: float | None = None
-    wish: Wish = NO_WISH
-    """Which of the options somebody has set; the others are the defaults."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from paddock_server.manager.messages import (
     Closed,
     Commit,
     DefaultsSet,
+    DemandGone,
     EndLoad,
     EvictAsked,
     EvictionRefused,
@@ -137,6 +138,7 @@ def _eviction_relented(turn: Turn, event: EvictionRelented) -> None:
 
 
 def _terms_set(turn: Turn, event: TermsSet) -> None:
+    pin_changes = event.terms.pinned != turn.state.terms.pinned
     turn.set(terms=event.terms)
     state = turn.state
     if event.terms.pinned and state.phase is Phase.DRAINING and state.cause is Cause.YIELD:
@@ -146,6 +148,9 @@ def _terms_set(turn: Turn, event: TermsSet) -> None:
         turn.do(ClearTimers(IDLE_TIMERS))
         turn.idle()
     else:
+        if pin_changes and state.phase in {Phase.SUSPENDING, Phase.SLEEPING}:
+            turn.do(ClearTimers((Timer.IDLE,)))
+            turn.idle_asleep()
         turn.do(LookAgain())
 
 
@@ -374,6 +379,7 @@ _HANDLERS: Final[dict[type[Event], Callable[[Turn, Any], None]]] = {
     LoadAsked: asking.load_asked,
     AcquireAsked: asking.acquire_asked,
     CallerLeft: asking.caller_left,
+    DemandGone: asking.demand_gone,
     LeaseReturned: asking.lease_returned,
     SleepAsked: asking.sleep_asked,
     TermsSet: _terms_set,

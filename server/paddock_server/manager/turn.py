@@ -15,6 +15,7 @@ from paddock_server.manager.messages import (
     Enter,
     Leave,
     LookAgain,
+    NextLoad,
     Refuse,
     Releasing,
     Resume,
@@ -23,7 +24,7 @@ from paddock_server.manager.messages import (
     SuspendWorker,
     Timer,
 )
-from paddock_server.manager.state import NEVER, Cause, NextLoad, Phase
+from paddock_server.manager.state import NEVER, Cause, Phase
 
 if TYPE_CHECKING:
     from paddock_server.manager.failure import Failure
@@ -107,6 +108,12 @@ class Turn:
                 self.do(SetTimer(timer, max(seconds, least)))
         self.do(LookAgain())
 
+    def idle_asleep(self) -> None:
+        """Have the process of a model that sleeps go when the idle time-out passes from now on."""
+        idle = self.state.options.idle_timeout_seconds
+        if idle > 0 and not self.state.terms.pinned:
+            self.do(SetTimer(Timer.IDLE, idle))
+
     def suspend(self) -> None:
         """Have the worker give its memory back."""
         self.to(Phase.SUSPENDING, Cause.SLEEP)
@@ -188,9 +195,7 @@ class Turn:
             return
         self.to(Phase.SLEEPING, why, explicit=False)
         self.do(ClearTimers(_ALL_TIMERS), Leave(self.state.ticket))
-        idle = self.state.options.idle_timeout_seconds
-        if idle > 0 and not self.state.terms.pinned:
-            self.do(SetTimer(Timer.IDLE, idle))
+        self.idle_asleep()
         self.do(Resume())
 
     def fail(self, failure: Failure) -> None:

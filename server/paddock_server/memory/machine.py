@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 import structlog
 
+from paddock_server.memory import cgroups
 from paddock_server.memory.estimate import RAM, Placement
 from paddock_server.supervisor import worker_environment
 
@@ -36,9 +37,6 @@ FRESH_SECONDS: Final = 5.0
 """How long what accelerators said of their free memory is taken for true."""
 
 _MAX_ANSWER_BYTES: Final = 64 * 1024
-_MAX_FILE_BYTES: Final = 64 * 1024
-_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
-_OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 
 _X86: Final = {
     "AVX2": {"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"},
@@ -84,8 +82,8 @@ class MachineWatch:
         self,
         command: Sequence[str] = PROBE_COMMAND,
         *,
-        cgroup_root: Path = _CGROUP_ROOT,
-        own_cgroups: Path = _OWN_CGROUPS,
+        cgroup_root: Path = cgroups.ROOT,
+        own_cgroups: Path = cgroups.OWN,
         timeout_seconds: float = PROBE_SECONDS,
     ) -> None:
         self._command = tuple(command)
@@ -174,58 +172,33 @@ def parsed_answer(answer: bytes) -> tuple[tuple[DeviceMemory, ...], frozenset[st
     return gpus, frozenset(types)
 
 
-def own_memory(cgroup_root: Path = _CGROUP_ROOT, own_cgroups: Path = _OWN_CGROUPS) -> DeviceMemory:
+def own_memory(cgroup_root: Path = cgroups.ROOT, own_cgroups: Path = cgroups.OWN) -> DeviceMemory:
     """Return the machine's memory, or what control groups leave of it. Reads files; call it from a thread."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    for directory, limit, used, inactive in _memory_cgroups(cgroup_root, own_cgroups):
-        allowed = _number(directory / limit)
+    for directory, version in cgroups.levels("memory", cgroup_root, own_cgroups):
+        limit, used, inactive = _MEMORY_FILES[version]
+        allowed = cgroups.read_number(directory / limit)
         if allowed is None or allowed >= memory.total:
             continue
         # Pages of files that nobody touches are given back as soon as somebody needs the memory.
-        taken = (_number(directory / used) or 0) - _statistic(directory / "memory.stat", inactive)
+        unused = _statistic(directory / "memory.stat", inactive)
+        taken = (cgroups.read_number(directory / used) or 0) - unused
         total, free = min(total, allowed), min(free, max(allowed - taken, 0))
     return DeviceMemory(RAM, RAM, total, free)
 
 
-def _memory_cgroups(root: Path, own: Path) -> list[tuple[Path, str, str, str]]:
-    """Return the control groups that limit this process, from its own up, with the names of their files."""
-    found: list[tuple[Path, str, str, str]] = []
-    for line in _text(own).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            top = root
-            limit, used, inactive = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top = root / "memory"
-            limit, used, inactive = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        parts = [part for part in path.split("/") if part not in {"", ".", ".."}]
-        # Inside a container the path may be that of the host, and the files those of the root alone.
-        levels = [top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-        found += [(level, limit, used, inactive) for level in levels]
-    return found
-
-
-def _number(path: Path) -> int | None:
-    """Return the number a file holds; None where there is none, or `max`."""
-    text = _text(path).strip()
-    return int(text) if text.isascii() and text.isdigit() else None
+_MEMORY_FILES: Final = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: the files of the limit and of what is used, and the name in `memory.stat` of
+pages of files that nobody uses."""
 
 
 def _statistic(path: Path, name: str) -> int:
-    for line in _text(path).splitlines():
+    for line in cgroups.read(path).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isascii() and value.isdigit():
             return int(value)
     return 0
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_FILE_BYTES).decode("utf-8", "replace")
-    except OSError:  # not every kernel, nor every level of a hierarchy, has every file
-        return ""

@@ -12,7 +12,6 @@ from paddock_server.manager.options import FIELD
 from paddock_server.manager.prediction import load_options, shape_of
 from paddock_server.memory import (
     CACHE_TYPES,
-    RAM,
     LoadOptions,
     Machine,
     PartKind,
@@ -64,12 +63,7 @@ async def estimate_memory(
     )
     entry, options = await manager.would_load(load)
     machine = await watch.look()
-    models, _ = manager.snapshots()
-    # What loaded models have is known of the machine's own memory alone.
-    held = {RAM: sum(model.worker.resident_bytes for model in models if model.id != entry.id)}
-    own = sum(model.worker.resident_bytes for model in models if model.id == entry.id)
-    budget = {device.name: device.free_bytes + held.get(device.name, 0) for device in machine.devices}
-    budget[RAM] = min(budget[RAM] + own, machine.devices[0].total_bytes)
+    budget, held = _budget(machine, manager), manager.memory_held(without=entry.id)
     keeps_slots = request.runtime_options.HasField("slot_count") or "slot_count" in entry.setup.options
     return await asyncio.to_thread(_response, entry, options, machine, budget, held, keeps_slots=keeps_slots)
 
@@ -83,10 +77,9 @@ def _response(
     *,
     keeps_slots: bool,
 ) -> pb.EstimateMemoryResponse:
-    shape = shape_of(entry)
+    shape, placement = shape_of(entry), machine.placement
     asked = load_options(options)
     check_cache_types(shape, asked)
-    placement = machine.placement
     taken = chosen(shape, asked, placement, budget, keeps_slots=keeps_slots)
     found = estimate(shape, taken, placement)
     needed = found.totals
@@ -136,8 +129,22 @@ def check_cache_types(shape: Shape, options: LoadOptions) -> None:
                 )
 
 
-def devices(machine: Machine) -> Iterable[pb.Device]:
+def devices(machine: Machine, manager: ModelManager) -> Iterable[pb.Device]:
     """Return the devices as `GetServerInfo` lists them."""
+    budget, held = _budget(machine, manager), manager.memory_held()
     for device in machine.devices:
         name = device.name if device.description == device.name else f"{device.name}: {device.description}"
-        yield pb.Device(display_name=name, total_bytes=device.total_bytes, free_bytes=device.free_bytes)
+        yield pb.Device(
+            display_name=name,
+            total_bytes=device.total_bytes,
+            free_bytes=device.free_bytes,
+            budget_bytes=budget[device.name],
+            held_bytes=held.get(device.name, 0),
+        )
+
+
+def _budget(machine: Machine, manager: ModelManager) -> Mapping[str, int]:
+    """Return what models may have of each device: all of one that has no limit."""
+    return {
+        device.name: manager.memory_budget.get(device.name, device.total_bytes) for device in machine.devices
+    }

@@ -185,7 +185,7 @@ class ModelManagerService:
             instance_id=self._manager.instance_id,
             start_time=self._start_time,
             features=FEATURES,
-            devices=devices(await self._machine.look()),
+            devices=devices(await self._machine.look(), self._manager),
         )
 
     def _addressed(self, request: RequestT) -> RequestT:

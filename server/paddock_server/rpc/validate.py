@@ -11,6 +11,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Final
 
+from paddock.durations import MAX_KEEP_ALIVE_SECONDS
 from paddock.errors import InvalidFieldError, Reason, make_error
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
@@ -32,7 +33,6 @@ MAX_PAGE_SIZE: Final = 1000
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_TOOLS: Final = 256
 MAX_JSON_CHARACTERS: Final = 256 * 1024
-MAX_KEEP_ALIVE_SECONDS: Final = 30 * 24 * 3600
 MAX_TOKEN_ID: Final = 2**31 - 1
 TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 

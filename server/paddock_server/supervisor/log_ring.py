@@ -173,7 +173,8 @@ class LineSplitter:
     limit."""
 
     def __init__(self, *, load_id: str, pid: int) -> None:
-        self._load_id = load_id
+        self.load_id = load_id
+        """Load that lines from now on belong to."""
         self._pid = pid
         self._partial = bytearray()
 
@@ -204,4 +205,4 @@ class LineSplitter:
 
     def _line(self, raw: bytes, now: float) -> LogLine:
         text = raw[: MAX_LINE_CHARACTERS * _MAX_CHARACTER_BYTES].decode("utf-8", "replace")
-        return LogLine(now, self._load_id, self._pid, text.removesuffix("\r")[:MAX_LINE_CHARACTERS])
+        return LogLine(now, self.load_id, self._pid, text.removesuffix("\r")[:MAX_LINE_CHARACTERS])

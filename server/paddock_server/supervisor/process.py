@@ -41,6 +41,11 @@ class LogPipe(asyncio.Protocol):
         """Say who writes. The pipe is older than the process whose id the lines carry."""
         self._splitter = LineSplitter(load_id=load_id, pid=pid)
 
+    def relabel(self, load_id: str) -> None:
+        """Have the lines from now on carry another load: the process has slept and loads again."""
+        if self._splitter is not None:
+            self._splitter.load_id = load_id
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.ReadTransport", transport)
 

@@ -134,6 +134,11 @@ class Worker:
         """
         await self._connection.sleep()
 
+    def begin_load(self, load_id: str) -> None:
+        """Say which load comes next, after `sleep`: what the process writes from now on belongs to it."""
+        self._process.log_pipe.relabel(load_id)
+        self._log = self._log.bind(load_id=load_id)
+
     def abort_load(self) -> None:
         """Have the load in progress given up: `load` raises LOAD_ABORTED. Without one, nothing happens."""
         self._connection.abort_load()

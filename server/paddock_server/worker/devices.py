@@ -1,8 +1,10 @@
 """`python -m paddock_server.worker.devices`: prints what ggml can compute on, as one line of JSON.
 
-A process of its own, since the libraries start drivers and never let go of them. The object has `gpus`, each
-with `name`, `description`, `total_bytes` and `free_bytes`, in the order llama.cpp offloads to them, and
-`features`, the processor's abilities by llama.cpp's names.
+A process of its own, since the libraries start drivers and never let go of them, and since a build for
+another processor ends with a signal. The object has `gpus`, each with `name`, `description`, `total_bytes`
+and `free_bytes`, in the order llama.cpp offloads to them; `features`, the processor's abilities by
+llama.cpp's names; `system_info`, llama.cpp's own line about how it was built; and `gpu_offload`, whether
+layers can be offloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ def main() -> None:
     llama.set_log_sink(lambda _level, _line: None)
     llama.init_backend()
     info = llama.bindings.llama_print_system_info().decode("utf-8", "replace")
-    print(json.dumps({"gpus": _gpus(), "features": _FEATURE.findall(info)}))  # noqa: T201  it is the answer
+    answer = {
+        "gpus": _gpus(),
+        "features": _FEATURE.findall(info),
+        "system_info": info,
+        "gpu_offload": llama.supports_gpu_offload(),
+    }
+    print(json.dumps(answer))  # noqa: T201  # the one thing this program does
 
 
 def _gpus() -> list[dict[str, Any]]:

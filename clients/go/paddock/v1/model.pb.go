@@ -350,7 +350,8 @@ type Model struct {
 	RuntimeOptions *RuntimeOptions `protobuf:"bytes,6,opt,name=runtime_options,json=runtimeOptions,proto3" json:"runtime_options,omitempty"`
 	// Facts read from the model file. Unset until the file has been read once.
 	Info *ModelInfo `protobuf:"bytes,7,opt,name=info,proto3" json:"info,omitempty"`
-	// The worker process. Unset while unloaded.
+	// The worker process, with replicas the first of `workers`. Unset while
+	// unloaded.
 	Worker *Worker `protobuf:"bytes,8,opt,name=worker,proto3" json:"worker,omitempty"`
 	// Why the last load or the last worker failed. A restart after a crash keeps
 	// it; the next successful load that a caller asked for clears it.
@@ -371,6 +372,10 @@ type Model struct {
 	LeaseCount int32 `protobuf:"varint,15,opt,name=lease_count,json=leaseCount,proto3" json:"lease_count,omitempty"`
 	// Requests that wait for the model to be loaded.
 	WaitingRequestCount int32 `protobuf:"varint,16,opt,name=waiting_request_count,json=waitingRequestCount,proto3" json:"waiting_request_count,omitempty"`
+	// The worker processes there are, one for each replica that is up. Fewer
+	// than `runtime_options.replica_count` while some load, restart or were
+	// evicted.
+	Workers []*Worker `protobuf:"bytes,17,rep,name=workers,proto3" json:"workers,omitempty"`
 	// Other names requests may use as `model`. Those of one model may differ in
 	// what requests take for fields they leave unset.
 	Aliases []string `protobuf:"bytes,20,rep,name=aliases,proto3" json:"aliases,omitempty"`
@@ -536,6 +541,13 @@ func (x *Model) GetWaitingRequestCount() int32 {
 		return x.WaitingRequestCount
 	}
 	return 0
+}
+
+func (x *Model) GetWorkers() []*Worker {
+	if x != nil {
+		return x.Workers
+	}
+	return nil
 }
 
 func (x *Model) GetAliases() []string {
@@ -965,7 +977,11 @@ type RuntimeOptions struct {
 	CacheTypeV *string `protobuf:"bytes,8,opt,name=cache_type_v,json=cacheTypeV,proto3,oneof" json:"cache_type_v,omitempty"`
 	// Idle time before the model gives its memory back and sleeps; its process
 	// stays, and the next request wakes it. Zero disables it.
-	SleepTimeout  *durationpb.Duration `protobuf:"bytes,9,opt,name=sleep_timeout,json=sleepTimeout,proto3" json:"sleep_timeout,omitempty"`
+	SleepTimeout *durationpb.Duration `protobuf:"bytes,9,opt,name=sleep_timeout,json=sleepTimeout,proto3" json:"sleep_timeout,omitempty"`
+	// Worker processes that serve the model, 1 to 16. Each takes the memory of
+	// the whole model; requests go to the one with the fewest. Changing it adds
+	// or removes workers and leaves the others as they are.
+	ReplicaCount  *int32 `protobuf:"varint,10,opt,name=replica_count,json=replicaCount,proto3,oneof" json:"replica_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1061,6 +1077,13 @@ func (x *RuntimeOptions) GetSleepTimeout() *durationpb.Duration {
 		return x.SleepTimeout
 	}
 	return nil
+}
+
+func (x *RuntimeOptions) GetReplicaCount() int32 {
+	if x != nil && x.ReplicaCount != nil {
+		return *x.ReplicaCount
+	}
+	return 0
 }
 
 // Facts read from the model file.
@@ -1425,7 +1448,7 @@ var File_paddock_v1_model_proto protoreflect.FileDescriptor
 const file_paddock_v1_model_proto_rawDesc = "" +
 	"\n" +
 	"\x16paddock/v1/model.proto\x12\n" +
-	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\b\n" +
+	"paddock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd4\b\n" +
 	"\x05Model\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06source\x18\x02 \x01(\v2\x17.paddock.v1.ModelSourceR\x06source\x12,\n" +
@@ -1446,7 +1469,8 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\x06memory\x18\x0e \x01(\v2\x18.paddock.v1.MemoryChargeR\x06memory\x12\x1f\n" +
 	"\vlease_count\x18\x0f \x01(\x05R\n" +
 	"leaseCount\x122\n" +
-	"\x15waiting_request_count\x18\x10 \x01(\x05R\x13waitingRequestCount\x12\x18\n" +
+	"\x15waiting_request_count\x18\x10 \x01(\x05R\x13waitingRequestCount\x12,\n" +
+	"\aworkers\x18\x11 \x03(\v2\x12.paddock.v1.WorkerR\aworkers\x12\x18\n" +
 	"\aaliases\x18\x14 \x03(\tR\aaliases\x12\x12\n" +
 	"\x04tags\x18\x15 \x03(\tR\x04tags\x12\x16\n" +
 	"\x06pinned\x18\x16 \x01(\bR\x06pinned\x12\x1a\n" +
@@ -1479,7 +1503,7 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12!\n" +
 	"\ffile_pattern\x18\x03 \x01(\tR\vfilePattern\"!\n" +
 	"\vLocalSource\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\xbf\x04\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xfb\x04\n" +
 	"\x0eRuntimeOptions\x123\n" +
 	"\x13context_size_tokens\x18\x01 \x01(\x05H\x00R\x11contextSizeTokens\x88\x01\x01\x12+\n" +
 	"\x0fgpu_layer_count\x18\x02 \x01(\x05H\x01R\rgpuLayerCount\x88\x01\x01\x12\"\n" +
@@ -1492,14 +1516,17 @@ const file_paddock_v1_model_proto_rawDesc = "" +
 	"cacheTypeK\x88\x01\x01\x12%\n" +
 	"\fcache_type_v\x18\b \x01(\tH\x06R\n" +
 	"cacheTypeV\x88\x01\x01\x12>\n" +
-	"\rsleep_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\fsleepTimeoutB\x16\n" +
+	"\rsleep_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\fsleepTimeout\x12(\n" +
+	"\rreplica_count\x18\n" +
+	" \x01(\x05H\aR\freplicaCount\x88\x01\x01B\x16\n" +
 	"\x14_context_size_tokensB\x12\n" +
 	"\x10_gpu_layer_countB\r\n" +
 	"\v_slot_countB\x0f\n" +
 	"\r_thread_countB\x14\n" +
 	"\x12_batch_size_tokensB\x0f\n" +
 	"\r_cache_type_kB\x0f\n" +
-	"\r_cache_type_v\"\xb0\x04\n" +
+	"\r_cache_type_vB\x10\n" +
+	"\x0e_replica_count\"\xb0\x04\n" +
 	"\tModelInfo\x12\"\n" +
 	"\farchitecture\x18\x01 \x01(\tR\farchitecture\x12\"\n" +
 	"\fquantization\x18\x02 \x01(\tR\fquantization\x12'\n" +
@@ -1619,24 +1646,25 @@ var file_paddock_v1_model_proto_depIdxs = []int32{
 	17, // 8: paddock.v1.Model.last_use_time:type_name -> google.protobuf.Timestamp
 	17, // 9: paddock.v1.Model.expire_time:type_name -> google.protobuf.Timestamp
 	6,  // 10: paddock.v1.Model.memory:type_name -> paddock.v1.MemoryCharge
-	3,  // 11: paddock.v1.Model.origin:type_name -> paddock.v1.ModelOrigin
-	7,  // 12: paddock.v1.Model.download:type_name -> paddock.v1.Download
-	1,  // 13: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
-	15, // 14: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
-	14, // 15: paddock.v1.Download.failure:type_name -> paddock.v1.Failure
-	9,  // 16: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
-	10, // 17: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
-	18, // 18: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
-	18, // 19: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
-	4,  // 20: paddock.v1.ModelInfo.input_modalities:type_name -> paddock.v1.Modality
-	17, // 21: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
-	16, // 22: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
-	17, // 23: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
-	24, // [24:24] is the sub-list for method output_type
-	24, // [24:24] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	13, // 11: paddock.v1.Model.workers:type_name -> paddock.v1.Worker
+	3,  // 12: paddock.v1.Model.origin:type_name -> paddock.v1.ModelOrigin
+	7,  // 13: paddock.v1.Model.download:type_name -> paddock.v1.Download
+	1,  // 14: paddock.v1.MemoryCharge.phase:type_name -> paddock.v1.MemoryPhase
+	15, // 15: paddock.v1.MemoryCharge.bytes:type_name -> paddock.v1.MemoryCharge.BytesEntry
+	14, // 16: paddock.v1.Download.failure:type_name -> paddock.v1.Failure
+	9,  // 17: paddock.v1.ModelSource.hugging_face:type_name -> paddock.v1.HuggingFaceSource
+	10, // 18: paddock.v1.ModelSource.local:type_name -> paddock.v1.LocalSource
+	18, // 19: paddock.v1.RuntimeOptions.idle_timeout:type_name -> google.protobuf.Duration
+	18, // 20: paddock.v1.RuntimeOptions.sleep_timeout:type_name -> google.protobuf.Duration
+	4,  // 21: paddock.v1.ModelInfo.input_modalities:type_name -> paddock.v1.Modality
+	17, // 22: paddock.v1.Worker.start_time:type_name -> google.protobuf.Timestamp
+	16, // 23: paddock.v1.Failure.metadata:type_name -> paddock.v1.Failure.MetadataEntry
+	17, // 24: paddock.v1.Failure.failure_time:type_name -> google.protobuf.Timestamp
+	25, // [25:25] is the sub-list for method output_type
+	25, // [25:25] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_paddock_v1_model_proto_init() }

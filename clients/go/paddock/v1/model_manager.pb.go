@@ -4267,7 +4267,7 @@ type DeviceMemory struct {
 	NeededBytes int64 `protobuf:"varint,2,opt,name=needed_bytes,json=neededBytes,proto3" json:"needed_bytes,omitempty"`
 	// What all models together may have.
 	BudgetBytes int64 `protobuf:"varint,3,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
-	// What loaded models have now.
+	// What other models hold of it now, as in `Device`.
 	HeldBytes     int64 `protobuf:"varint,4,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4653,7 +4653,12 @@ type Device struct {
 	// use where that is less.
 	TotalBytes int64 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
 	// Memory free now.
-	FreeBytes     int64 `protobuf:"varint,3,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	FreeBytes int64 `protobuf:"varint,3,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	// What all models together may have.
+	BudgetBytes int64 `protobuf:"varint,4,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
+	// What models hold of it now: predicted while they load, measured once they
+	// are loaded, until their process is gone.
+	HeldBytes     int64 `protobuf:"varint,5,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4705,6 +4710,20 @@ func (x *Device) GetTotalBytes() int64 {
 func (x *Device) GetFreeBytes() int64 {
 	if x != nil {
 		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *Device) GetBudgetBytes() int64 {
+	if x != nil {
+		return x.BudgetBytes
+	}
+	return 0
+}
+
+func (x *Device) GetHeldBytes() int64 {
+	if x != nil {
+		return x.HeldBytes
 	}
 	return 0
 }
@@ -4983,13 +5002,16 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\n" +
 	"start_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12\x1a\n" +
 	"\bfeatures\x18\x04 \x03(\tR\bfeatures\x12,\n" +
-	"\adevices\x18\x05 \x03(\v2\x12.paddock.v1.DeviceR\adevices\"k\n" +
+	"\adevices\x18\x05 \x03(\v2\x12.paddock.v1.DeviceR\adevices\"\xad\x01\n" +
 	"\x06Device\x12!\n" +
 	"\fdisplay_name\x18\x01 \x01(\tR\vdisplayName\x12\x1f\n" +
 	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
 	"totalBytes\x12\x1d\n" +
 	"\n" +
-	"free_bytes\x18\x03 \x01(\x03R\tfreeBytes*\x9e\x01\n" +
+	"free_bytes\x18\x03 \x01(\x03R\tfreeBytes\x12!\n" +
+	"\fbudget_bytes\x18\x04 \x01(\x03R\vbudgetBytes\x12\x1d\n" +
+	"\n" +
+	"held_bytes\x18\x05 \x01(\x03R\theldBytes*\x9e\x01\n" +
 	"\x05Stage\x12\x15\n" +
 	"\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTAGE_RESOLVE\x10\x01\x12\x12\n" +

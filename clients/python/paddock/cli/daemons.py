@@ -120,6 +120,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "state_dir": Annotated[
         str | None, typer.Option(metavar="DIRECTORY", help="Where loads are remembered; '' turns it off.")
     ],
+    "restore": Annotated[
+        bool | None, typer.Option(help="Whether remembered loads and downloads are taken up at the start.")
+    ],
 }
 """The fields of `ServerConfig` as flags. What was not typed is None and leaves the field to the environment,
 to the configuration file and to the default; ranges are checked there, for all of them alike."""

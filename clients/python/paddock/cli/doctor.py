@@ -39,17 +39,18 @@ def doctor(
     problem; a warning is none.
     """
     with require_extras("doctor", "server"):
+        from paddock_server.checking import problems
         from paddock_server.config import ConfigError, ServerConfig
         from paddock_server.doctor import examine
-        from paddock_server.doctor.findings import problem
+        from paddock_server.doctor.findings import judge_invalid_config
     found: list[Finding] = []
     settings: ServerConfig
     try:
         settings = ServerConfig.load(flags, config)
-    except ConfigError as error:
+    except ConfigError:
         # What else there is to see is looked at with the defaults.
         settings = ServerConfig.model_construct()
-        found.append(problem("settings", str(error), "Correct it; the rest is seen with the defaults."))
+        found += judge_invalid_config(problems(flags, config))
     found += asyncio.run(examine(settings, server))
     bad = any(finding.level == "problem" for finding in found)
     if as_json:

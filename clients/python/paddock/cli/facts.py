@@ -6,11 +6,13 @@ from datetime import datetime
 
 from rich.text import Text
 
+from paddock.cli.listing import expiry_verb
 from paddock.cli.output import (
     ago_text,
     bytes_text,
     count_text,
     download_text,
+    seconds_since,
     seconds_text,
     state_text,
 )
@@ -91,14 +93,9 @@ def _abilities(*, has_chat_template: bool, embedding_only: bool) -> str:
 
 def _running(model: Model, now: datetime | None) -> list[Fact]:
     facts: list[Fact] = []
-    if model.worker is not None:
-        worker = model.worker
+    for worker in model.workers:
         facts += [
             ("Worker", f"process {worker.pid}, {bytes_text(worker.resident_bytes)} resident"),
-            (
-                "Requests",
-                f"{worker.active_request_count} running, {worker.queued_request_count} waiting",
-            ),
             (
                 "KV cache",
                 f"{worker.kv_cache_used_tokens} of {worker.kv_cache_total_tokens} tokens"
@@ -107,26 +104,36 @@ def _running(model: Model, now: datetime | None) -> list[Fact]:
             ),
             ("Restarts", str(worker.restart_count)),
         ]
-    if model.memory is not None:
+    requests = _requests(model)
+    if requests:
+        facts.append(("Requests", requests))
+    if model.memory is not None and model.memory.bytes:
         sizes = ", ".join(
             f"{device} {bytes_text(size)}" for device, size in sorted(model.memory.bytes.items())
         )
-        facts.append(("Memory", f"{sizes or 'a place'} ({model.memory.phase})"))
-    terms = [
-        *(["pinned"] if model.pinned else []),
-        *([f"priority {model.priority}"] if model.priority else []),
-        *([f"exclusive group {model.group}"] if model.group else []),
-    ]
-    if terms:
-        facts.append(("Stays", ", ".join(terms)))
+        facts.append(("Memory", f"{sizes} ({model.memory.phase})"))
     if model.runtime_options is not None:
         facts.append(("Options", _options(model.runtime_options)))
     for name, time in (("Loaded", model.load_time), ("Used", model.last_use_time)):
         if time is not None:
             facts.append((name, ago_text(time, now)))
     if model.expire_time is not None:
-        facts.append(("Sleeps or goes at", model.expire_time.astimezone().strftime("%Y-%m-%d %H:%M:%S")))
+        left = seconds_text(max(-seconds_since(model.expire_time, now), 0))
+        at = model.expire_time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        facts.append((expiry_verb(model).capitalize(), f"in {left}, at {at}"))
     return facts
+
+
+def _requests(model: Model) -> str:
+    """Return what requests do with the model; empty where none does anything and it has no worker."""
+    worker = model.worker
+    counts = [
+        (model.lease_count, "use it", worker is not None),
+        (worker.active_request_count if worker else 0, "decoded now", worker is not None),
+        (worker.queued_request_count if worker else 0, "waiting for a slot", False),
+        (model.waiting_request_count, "waiting for the load", False),
+    ]
+    return ", ".join(f"{count} {what}" for count, what, always in counts if count or always)
 
 
 def _options(options: RuntimeOptions) -> str:
@@ -140,6 +147,7 @@ def _options(options: RuntimeOptions) -> str:
         "cache-type-v": options.cache_type_v,
         "idle timeout": _time_text(options.idle_timeout_seconds),
         "sleep timeout": _time_text(options.sleep_timeout_seconds),
+        "replicas": options.replica_count,
     }
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None) or "-"
 

@@ -6,8 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
-from paddock.cli.output import ago_text, bytes_text, count_text, state_text, until_text
-from paddock.types import HuggingFaceSource, Model, ModelInfo, ModelState, WorkerInfo
+from paddock.cli.output import (
+    brief_text,
+    bytes_text,
+    count_text,
+    download_text,
+    seconds_since,
+    state_text,
+)
+from paddock.types import (
+    HuggingFaceSource,
+    MemoryPhase,
+    Model,
+    ModelInfo,
+    ModelState,
+    RuntimeOptions,
+    WorkerInfo,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -18,21 +33,74 @@ NONE: Final = "-"
 """Stands where there is nothing to show."""
 
 
+def memory_text(model: Model) -> str:
+    """Return what a model takes of all devices, and whether that is yet to come or to go; what its process
+    has resident where no bytes are kept account of."""
+    charge = model.memory
+    size = sum(charge.bytes.values()) if charge is not None else 0
+    size = size or sum(worker.resident_bytes for worker in model.workers)
+    if not size:
+        return NONE
+    phase = charge.phase if charge is not None else MemoryPhase.MEASURED
+    return f"{bytes_text(size)} {_PHASES[phase]}".strip()
+
+
+_PHASES: Final[Mapping[MemoryPhase, str]] = {
+    MemoryPhase.UNKNOWN: "",
+    MemoryPhase.PREDICTED: "predicted",
+    MemoryPhase.MEASURED: "",
+    MemoryPhase.RELEASING: "releasing",
+}
+
+
+def expiry_verb(model: Model) -> str:
+    """Return what happens when the model's time is up."""
+    options = model.runtime_options or RuntimeOptions()
+    sleep, idle = options.sleep_timeout_seconds, options.idle_timeout_seconds
+    return "sleeps" if sleep and (not idle or sleep < idle) else "goes"
+
+
+def _expires(model: Model, now: datetime | None) -> str:
+    if model.pinned:
+        return "pinned"
+    if model.expire_time is None:
+        return NONE
+    return f"{expiry_verb(model)} in {brief_text(-seconds_since(model.expire_time, now))}"
+
+
+def _waiting(model: Model, now: datetime | None) -> str:
+    queued = sum(worker.queued_request_count for worker in model.workers)
+    counts = ((model.waiting_request_count, "load"), (queued, "slot"))
+    return ", ".join(f"{count} {what}" for count, what in counts if count) or NONE
+
+
 def _state(model: Model, now: datetime | None) -> Text:
+    if model.state is ModelState.UNLOADED and model.download is not None:
+        return download_text(model.download)
     failed = model.state is ModelState.FAILED and model.last_failure
     return state_text(model.state, model.last_failure.reason if failed and model.last_failure else "")
+
+
+def _ago(time: datetime | None, now: datetime | None) -> str:
+    return NONE if time is None else f"{brief_text(seconds_since(time, now))} ago"
 
 
 def _of_info(text: Callable[[ModelInfo], str]) -> Cell:
     return lambda model, now: text(model.info) or NONE if model.info else NONE
 
 
-def _of_worker(text: Callable[[WorkerInfo], str]) -> Cell:
-    return lambda model, now: text(model.worker) if model.worker else NONE
+def _of_workers(text: Callable[[Sequence[WorkerInfo]], str]) -> Cell:
+    return lambda model, now: text(model.workers) if model.workers else NONE
 
 
-def _kv_cache(worker: WorkerInfo) -> str:
-    used, total = worker.kv_cache_used_tokens, worker.kv_cache_total_tokens
+def _sum(number: Callable[[WorkerInfo], int], text: Callable[[int], str] = str) -> Cell:
+    """Return the cell of a number that the replicas of a model have together."""
+    return _of_workers(lambda workers: text(sum(number(worker) for worker in workers)))
+
+
+def _kv_cache(workers: Sequence[WorkerInfo]) -> str:
+    used = sum(worker.kv_cache_used_tokens for worker in workers)
+    total = sum(worker.kv_cache_total_tokens for worker in workers)
     return f"{used} of {total}" if total else NONE
 
 
@@ -46,31 +114,37 @@ COLUMNS: Final[Mapping[str, Cell]] = {
     "MODEL": lambda model, now: model.id,
     "STATE": _state,
     "SIZE": lambda model, now: bytes_text(model.size_bytes),
-    # Resident bytes of the worker process.
-    "MEMORY": _of_worker(lambda worker: bytes_text(worker.resident_bytes)),
-    "ACTIVE": _of_worker(lambda worker: str(worker.active_request_count)),
-    "QUEUED": _of_worker(lambda worker: str(worker.queued_request_count)),
-    "KV CACHE": _of_worker(_kv_cache),
-    "RESTARTS": _of_worker(lambda worker: str(worker.restart_count)),
-    "PID": _of_worker(lambda worker: str(worker.pid)),
-    "EXPIRES": lambda model, now: until_text(model.expire_time, now),
-    "USED": lambda model, now: ago_text(model.last_use_time, now),
-    "LOADED": lambda model, now: ago_text(model.load_time, now),
+    "MEMORY": lambda model, now: memory_text(model),
+    # Requests that use the model, whether they have a slot or wait for one.
+    "REQUESTS": lambda model, now: str(model.lease_count) if model.lease_count else NONE,
+    # Requests that wait for the model to be loaded, or for one of its slots.
+    "WAITING": _waiting,
+    "ACTIVE": _sum(lambda worker: worker.active_request_count),
+    "KV CACHE": _of_workers(_kv_cache),
+    "RESTARTS": _sum(lambda worker: worker.restart_count),
+    "PID": _of_workers(lambda workers: ", ".join(str(worker.pid) for worker in workers)),
+    "EXPIRES": _expires,
+    "USED": lambda model, now: _ago(model.last_use_time, now),
+    "LOADED": lambda model, now: _ago(model.load_time, now),
     "PARAMETERS": _of_info(lambda info: count_text(info.parameter_count)),
     "QUANTIZATION": _of_info(lambda info: info.quantization),
     "CONTEXT": _of_info(lambda info: str(info.trained_context_tokens)),
     "ARCHITECTURE": _of_info(lambda info: info.architecture),
+    "PRIORITY": lambda model, now: str(model.priority) if model.priority else NONE,
+    "GROUP": lambda model, now: model.group or NONE,
+    "ALIASES": lambda model, now: ", ".join(model.aliases) or NONE,
     "SOURCE": _source,
 }
 """What each column shows of a model, by its title."""
 
-LS: Final = ("MODEL", "STATE", "SIZE", "MEMORY", "PARAMETERS", "QUANTIZATION", "CONTEXT", "USED")
+LS: Final = ("MODEL", "STATE", "SIZE", "MEMORY", "USED", "QUANTIZATION", "PARAMETERS", "CONTEXT")
 LS_WIDE: Final = (
     *LS,
-    *("ACTIVE", "QUEUED", "RESTARTS", "EXPIRES", "ARCHITECTURE", "SOURCE"),
+    *("REQUESTS", "WAITING", "RESTARTS", "EXPIRES", "ARCHITECTURE", "GROUP", "ALIASES", "SOURCE"),
 )
-PS: Final = ("MODEL", "STATE", "MEMORY", "ACTIVE", "QUEUED", "KV CACHE", "RESTARTS", "EXPIRES", "USED")
-PS_WIDE: Final = (*PS, *("SIZE", "PID", "LOADED"))
+PS: Final = ("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
+PS_WIDE: Final = (*PS, *("ACTIVE", "SIZE", "PRIORITY", "GROUP", "PID", "LOADED"))
+# The most telling ones come first: a narrow terminal has no room for the last.
 
 
 def rows(

@@ -12,11 +12,15 @@ from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, Serve
 from paddock.types import MemoryVerdict, RuntimeOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from paddock.types import MemoryEstimate
+    from paddock.client import Client
+    from paddock.types import MemoryEstimate, Model
 
 CacheTypeOption = Annotated[str | None, typer.Option(help="For example f16 or q8_0.")]
+
+RAM: Final = "RAM"
+"""The main memory among the devices."""
 
 _VERDICTS: Final[Mapping[MemoryVerdict, str]] = {
     MemoryVerdict.FITS: "It fits now.",
@@ -44,7 +48,7 @@ def estimate(
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
 ) -> None:
-    """Say what a model would take in memory, without loading it."""
+    """Say what a model would take in memory, without loading it, whether it fits, and who holds what."""
     options = RuntimeOptions(
         context_size_tokens=ctx_size,
         slot_count=parallel,
@@ -53,12 +57,18 @@ def estimate(
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
     )
-    found = call(server, lambda client: client.estimate(model, options=options))
+
+    async def work(client: Client) -> tuple[MemoryEstimate, Sequence[Model]]:
+        return await client.estimate(model, options=options), () if as_json else await client.list()
+
+    found, models = call(server, work)
     if as_json:
         write_json(found, indent=2)
         return
     console = results()
-    console.print(output.table(("DEVICE", "FOR", "MEMORY"), _rows(found), width=console.width))
+    others = [other for other in models if model not in {other.id, f"hf:{other.id}", *other.aliases}]
+    rows = _rows(found, others)
+    console.print(output.table(("DEVICE", "FOR", "MEMORY"), rows, width=console.width))
     chosen = found.options
     note(
         f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
@@ -68,11 +78,27 @@ def estimate(
         note(found.roughness)
 
 
-def _rows(found: MemoryEstimate) -> list[tuple[str, str, str]]:
+def _rows(found: MemoryEstimate, others: Sequence[Model]) -> list[tuple[str, str, str]]:
+    """Return the parts of the estimate, device by device, and what other models hold of it."""
     rows: list[tuple[str, str, str]] = []
     for device in found.devices:
-        parts = [part for part in found.parts if part.device == device.device]
-        rows += [(part.device, part.kind.replace("_", " "), bytes_text(part.size_bytes)) for part in parts]
+        name = device.device
+        rows += [
+            (name, part.kind.replace("_", " "), bytes_text(part.size_bytes))
+            for part in found.parts
+            if part.device == name
+        ]
         total = f"{bytes_text(device.needed_bytes)} of {bytes_text(device.budget_bytes)}"
-        rows.append((device.device, "all", total))
+        rows.append((name, "all", total))
+        holders = [(other.id, _held_bytes(other, name)) for other in others]
+        rows += [(name, f"held by {id_}", bytes_text(held)) for id_, held in holders if held]
+        free = max(device.budget_bytes - device.held_bytes, 0)
+        rows.append((name, "free now", bytes_text(free)))
     return rows
+
+
+def _held_bytes(model: Model, device: str) -> int:
+    """Return what a model holds of a device: what it is charged with, else what its process has resident."""
+    if model.memory is not None and model.memory.bytes:
+        return model.memory.bytes.get(device, 0)
+    return model.worker.resident_bytes if model.worker is not None and device == RAM else 0

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from paddock.client import Client
     from paddock.types import LogLine
 
-WideOption = Annotated[bool, typer.Option("--wide", help="More columns, and names whole.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns and whole names, however wide.")]
 
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 """States without a worker."""
@@ -88,6 +88,9 @@ def load(
     ] = None,
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=16, help="Worker processes that serve it.")
+    ] = None,
     idle_timeout_seconds: Annotated[
         float | None, typer.Option(min=0, help="Unload after so long without use; 0: never.")
     ] = None,
@@ -112,6 +115,7 @@ def load(
         cache_type_v=cache_type_v,
         idle_timeout_seconds=idle_timeout_seconds,
         sleep_timeout_seconds=sleep_idle_seconds,
+        replica_count=replicas,
     )
 
     async def work(client: Client) -> None:

@@ -34,7 +34,7 @@ _STATE_STYLES: Final[Mapping[ModelState, str]] = {
 _LEAST_NAME: Final = 16
 """Columns a name keeps when the terminal is narrow."""
 
-_GAP: Final = 3
+_GAP: Final = 2
 """Between the columns of a table."""
 
 
@@ -92,19 +92,25 @@ def as_object(value: DataclassInstance) -> dict[str, object]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width: int) -> Table:
-    """Return a table without lines, as `docker ps` has it. The names in its first column give way when it
-    would be wider than `width`, so that the others stay whole."""
+    """Return a table without lines, as `docker ps` has it, that is no wider than `width`.
+
+    The names in its first column give way first, so that the others stay whole; where that is not enough, the
+    last columns are left out.
+    """
     cells = [list(row) for row in rows]
-    rest = sum(
-        _GAP + max(cell_len(str(cell)) for cell in (name, *(row[index] for row in cells)))
+    widths = [
+        max(cell_len(str(cell)) for cell in (name, *(row[index] for row in cells)))
         for index, name in enumerate(header)
-        if index > 0
-    )
+    ]
+    least, count = min(widths[0], _LEAST_NAME), len(header)
+    while count > 2 and least + sum(_GAP + column for column in widths[1:count]) > width:
+        count -= 1
+    rest = sum(_GAP + column for column in widths[1:count])
     result = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
-    for name in header:
+    for name in header[:count]:
         result.add_column(name, no_wrap=True)
     for first, *others in cells:
-        result.add_row(shortened(str(first), max(width - rest, _LEAST_NAME)), *others)
+        result.add_row(shortened(str(first), max(width - rest, least)), *others[: count - 1])
     return result
 
 
@@ -176,17 +182,22 @@ def seconds_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days"
 
 
+def seconds_since(time: datetime, now: datetime | None = None) -> float:
+    """Return how long ago something was; below zero when it is to come."""
+    return ((now or datetime.now(UTC)) - time).total_seconds()
+
+
 def ago_text(time: datetime | None, now: datetime | None = None) -> str:
     """Return how long ago something was; "-" when it never was."""
     if time is None:
         return "-"
-    seconds = ((now or datetime.now(UTC)) - time).total_seconds()
-    return f"{seconds_text(max(seconds, 0))} ago"
+    return f"{seconds_text(max(seconds_since(time, now), 0))} ago"
 
 
-def until_text(time: datetime | None, now: datetime | None = None) -> str:
-    """Return how long it is until something; "-" when it will never be."""
-    if time is None:
-        return "-"
-    seconds = (time - (now or datetime.now(UTC))).total_seconds()
-    return f"in {seconds_text(seconds)}" if seconds > 0 else "now"
+def brief_text(seconds: float) -> str:
+    """Return a duration in one unit, for a column: 45s, 4m, 3h, 2d. What has passed is 0s."""
+    for unit, length, most in (("s", 1, 60), ("m", 60, 60), ("h", 3600, 48)):
+        count = round(max(seconds, 0) / length)
+        if count < most:
+            return f"{count}{unit}"
+    return f"{round(seconds / 86_400)}d"

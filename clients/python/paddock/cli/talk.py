@@ -25,6 +25,7 @@ from paddock.cli.session import (
     read_text,
     valid_text,
 )
+from paddock.durations import keep_alive_seconds
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.generation import ChatMessage, FinishReason, GenerateOptions, Prompt, Role
 from paddock.types import ModelState
@@ -48,6 +49,24 @@ TopKOption = Annotated[int | None, typer.Option("--top-k", help="Candidates kept
 MinPOption = Annotated[float | None, typer.Option("--min-p", help="Minimum relative probability, 0 to 1.")]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", min=-(2**63), max=2**63 - 1, help="Makes sampling repeatable.")
+]
+
+
+def _keep_alive(value: str) -> float:
+    try:
+        return keep_alive_seconds(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+KeepAliveOption = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-alive",
+        metavar="DURATION",
+        parser=_keep_alive,
+        help="Keep the idle model at least so long: 30s, 5m, 1h; below 0: 30 days.",
+    ),
 ]
 StopOption = Annotated[
     list[str] | None,
@@ -73,6 +92,7 @@ def run(
     min_p: MinPOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
+    keep_alive: KeepAliveOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt once; load the model first when it is not loaded.
@@ -80,7 +100,7 @@ def run(
     A model with a chat template is asked, any other continues the text.
     """
     text = _prompt_text(prompt)
-    options = _options(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    options = _options(max_tokens, temperature, top_p, top_k, min_p, seed, stop, keep_alive)
 
     async def work(client: Client) -> None:
         known = await ensure_loaded(client, model)
@@ -105,11 +125,12 @@ def chat(
     min_p: MinPOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
+    keep_alive: KeepAliveOption = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves."""
     from paddock.client import Client
 
-    options = _options(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    options = _options(max_tokens, temperature, top_p, top_k, min_p, seed, stop, keep_alive)
     # A runner rather than one coroutine: between answers this thread waits in input(), where Ctrl-C and the
     # keys of the line editor work, and no event loop has to run.
     with asyncio.Runner() as runner:
@@ -217,6 +238,7 @@ def _options(
     min_p: float | None,
     seed: int | None,
     stop: list[str] | None,
+    keep_alive: float | None,
 ) -> GenerateOptions:
     options = GenerateOptions()
     if max_tokens is not None:
@@ -233,6 +255,8 @@ def _options(
         options["seed"] = seed
     if stop:
         options["stop"] = stop
+    if keep_alive is not None:
+        options["keep_alive_seconds"] = keep_alive
     return options
 
 

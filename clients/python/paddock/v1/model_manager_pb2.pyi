@@ -2135,7 +2135,7 @@ class DeviceMemory(_message.Message):
     budget_bytes: _builtins.int
     """What all models together may have."""
     held_bytes: _builtins.int
-    """What loaded models have now."""
+    """What other models hold of it now, as in `Device`."""
     def __init__(
         self,
         *,
@@ -2323,6 +2323,8 @@ class Device(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name, for example `RAM` or `CUDA0: NVIDIA H200`."""
     total_bytes: _builtins.int
@@ -2331,16 +2333,24 @@ class Device(_message.Message):
     """
     free_bytes: _builtins.int
     """Memory free now."""
+    budget_bytes: _builtins.int
+    """What all models together may have."""
+    held_bytes: _builtins.int
+    """What models hold of it now: predicted while they load, measured once they
+    are loaded, until their process is gone.
+    """
     def __init__(
         self,
         *,
         display_name: _builtins.str = ...,
         total_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+        held_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "free_bytes", b"free_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "display_name", b"display_name", "free_bytes", b"free_bytes", "held_bytes", b"held_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -211,6 +211,7 @@ class Model(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     LEASE_COUNT_FIELD_NUMBER: _builtins.int
     WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
@@ -268,7 +269,9 @@ class Model(_message.Message):
 
     @_builtins.property
     def worker(self) -> Global___Worker:
-        """The worker process. Unset while unloaded."""
+        """The worker process, with replicas the first of `workers`. Unset while
+        unloaded.
+        """
 
     @_builtins.property
     def last_failure(self) -> Global___Failure:
@@ -294,6 +297,13 @@ class Model(_message.Message):
     def memory(self) -> Global___MemoryCharge:
         """Memory the model is charged with, device by device. Unset while nothing is
         reserved for it.
+        """
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """The worker processes there are, one for each replica that is up. Fewer
+        than `runtime_options.replica_count` while some load, restart or were
+        evicted.
         """
 
     @_builtins.property
@@ -331,6 +341,7 @@ class Model(_message.Message):
         memory: Global___MemoryCharge | None = ...,
         lease_count: _builtins.int = ...,
         waiting_request_count: _builtins.int = ...,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         pinned: _builtins.bool = ...,
@@ -343,7 +354,7 @@ class Model(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "expire_time", b"expire_time", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "load_time", b"load_time", "memory", b"memory", "runtime_options", b"runtime_options", "source", b"source", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "artifact_state", b"artifact_state", "description", b"description", "download", b"download", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_on_startup", b"load_on_startup", "load_time", b"load_time", "memory", b"memory", "origin", b"origin", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "tags", b"tags", "waiting_request_count", b"waiting_request_count", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "artifact_state", b"artifact_state", "description", b"description", "download", b"download", "expire_time", b"expire_time", "group", b"group", "id", b"id", "info", b"info", "last_failure", b"last_failure", "last_use_time", b"last_use_time", "lease_count", b"lease_count", "load_id", b"load_id", "load_on_startup", b"load_on_startup", "load_time", b"load_time", "memory", b"memory", "origin", b"origin", "pinned", b"pinned", "priority", b"priority", "runtime_options", b"runtime_options", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "tags", b"tags", "waiting_request_count", b"waiting_request_count", "worker", b"worker", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -545,6 +556,7 @@ class RuntimeOptions(_message.Message):
     CACHE_TYPE_K_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_V_FIELD_NUMBER: _builtins.int
     SLEEP_TIMEOUT_FIELD_NUMBER: _builtins.int
+    REPLICA_COUNT_FIELD_NUMBER: _builtins.int
     context_size_tokens: _builtins.int
     """Tokens the KV cache holds, shared by all sequences of the model. One
     sequence may use all of them, up to the trained context. Zero takes the
@@ -565,6 +577,11 @@ class RuntimeOptions(_message.Message):
     cache_type_v: _builtins.str
     """Type of the values in the KV cache; one of the same names. Quantized ones
     need flash attention, and heads whose width their blocks divide.
+    """
+    replica_count: _builtins.int
+    """Worker processes that serve the model, 1 to 16. Each takes the memory of
+    the whole model; requests go to the one with the fewest. Changing it adds
+    or removes workers and leaves the others as they are.
     """
     @_builtins.property
     def idle_timeout(self) -> _duration_pb2.Duration:
@@ -588,10 +605,11 @@ class RuntimeOptions(_message.Message):
         cache_type_k: _builtins.str | None = ...,
         cache_type_v: _builtins.str | None = ...,
         sleep_timeout: _duration_pb2.Duration | None = ...,
+        replica_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_replica_count", b"_replica_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "replica_count", b"replica_count", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context_size_tokens", b"_context_size_tokens", "_gpu_layer_count", b"_gpu_layer_count", "_replica_count", b"_replica_count", "_slot_count", b"_slot_count", "_thread_count", b"_thread_count", "batch_size_tokens", b"batch_size_tokens", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context_size_tokens", b"context_size_tokens", "gpu_layer_count", b"gpu_layer_count", "idle_timeout", b"idle_timeout", "replica_count", b"replica_count", "sleep_timeout", b"sleep_timeout", "slot_count", b"slot_count", "thread_count", b"thread_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size_tokens: _TypeAlias = _typing.Literal["batch_size_tokens"]  # noqa: Y015
     _WhichOneofArgType__batch_size_tokens: _TypeAlias = _typing.Literal["_batch_size_tokens", b"_batch_size_tokens"]  # noqa: Y015
@@ -603,6 +621,8 @@ class RuntimeOptions(_message.Message):
     _WhichOneofArgType__context_size_tokens: _TypeAlias = _typing.Literal["_context_size_tokens", b"_context_size_tokens"]  # noqa: Y015
     _WhichOneofReturnType__gpu_layer_count: _TypeAlias = _typing.Literal["gpu_layer_count"]  # noqa: Y015
     _WhichOneofArgType__gpu_layer_count: _TypeAlias = _typing.Literal["_gpu_layer_count", b"_gpu_layer_count"]  # noqa: Y015
+    _WhichOneofReturnType__replica_count: _TypeAlias = _typing.Literal["replica_count"]  # noqa: Y015
+    _WhichOneofArgType__replica_count: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count"]  # noqa: Y015
     _WhichOneofReturnType__slot_count: _TypeAlias = _typing.Literal["slot_count"]  # noqa: Y015
     _WhichOneofArgType__slot_count: _TypeAlias = _typing.Literal["_slot_count", b"_slot_count"]  # noqa: Y015
     _WhichOneofReturnType__thread_count: _TypeAlias = _typing.Literal["thread_count"]  # noqa: Y015
@@ -617,6 +637,8 @@ class RuntimeOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context_size_tokens) -> _WhichOneofReturnType__context_size_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_layer_count) -> _WhichOneofReturnType__gpu_layer_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replica_count) -> _WhichOneofReturnType__replica_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__slot_count) -> _WhichOneofReturnType__slot_count | None: ...
     @_typing.overload

@@ -143,6 +143,7 @@ KEYS: Final = (
         Choice(CACHE_TYPE_NAMES),
         ("ctv", "cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"),
     ),
+    Key(_OPTION, "replicas", "replica_count", Integer(1, 16)),
     Key(
         _SAMPLING,
         "temperature",
