@@ -72,7 +72,8 @@ def events() -> Iterator[m.Event]:
     yield from (m.WorkerDied(number, died) for number in (2, 3))
     yield from (m.WorkerReaped(3), m.Resumed(), m.CloseAsked(1))
     yield from (m.TimerFired(timer) for timer in m.Timer)
-    yield from (m.FileFound(DEFAULTS, None), m.FileGone(), m.FileGone(reloading=True))
+    yield from (m.FileFound(DEFAULTS, None), m.DefaultsSet(DEFAULTS))
+    yield from (m.FileGone(), m.FileGone(reloading=True))
 
 
 def ways() -> set[tuple[str, str]]:
