@@ -131,7 +131,7 @@ def tool_cases() -> list[list[corpus.Message]]:
     rng = random.Random(1000)
     cases: list[list[corpus.Message]] = []
     for _ in range(TOOL_CASES // 2):
-        conversation = corpus.tool_conversation(rng, corpus.HELD_OUT_CITIES)
+        conversation = corpus.tool_conversation(rng, rng.choice(corpus.HELD_OUT_CITIES))
         cases += [conversation[:3], conversation]
     return cases
 

@@ -1,4 +1,4 @@
-"""Writes foal's parameters and tokenizer as GGUF files."""
+"""Writes foal's parameters and tokenizer as GGUF files, and reads them back to train on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from gguf import LlamaFileType
+import numpy as np
+from gguf import GGUFReader, LlamaFileType
 
 from tests.models.llama_file import About, LlamaShape, write_llama
 from tests.models.tokenizer import BYTE_CHARACTERS, SPECIALS, Vocabulary
 
-__all__ = ["SHAPE", "SPECIALS", "write_gguf"]
+__all__ = ["SHAPE", "SPECIALS", "read_gguf", "write_gguf"]
 
 SHAPE: Final = LlamaShape(
-    layers=6, embedding=256, feed_forward=704, heads=8, heads_kv=4, head=32, context=1024
+    layers=4, embedding=256, feed_forward=640, heads=8, heads_kv=4, head=32, context=1024
 )
 TEMPLATE: Final = Path(__file__).parent / "template.jinja"
 FILES: Final = {"foal.gguf": LlamaFileType.MOSTLY_Q8_0, "foal-f16.gguf": LlamaFileType.MOSTLY_F16}
@@ -46,6 +47,28 @@ def write_gguf(folder: Path, tokenizer_json: str, parameters: dict[str, Any]) ->
         (path,) = write_llama(folder / name, SHAPE, vocabulary, tensors, about, file_type=file_type)
         sizes[name] = path.stat().st_size
     return sizes
+
+
+def read_gguf(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, Any]]:
+    """Return the vocabulary but SPECIALS, the merges and the parameters of an F16 file of `write_gguf`."""
+    reader = GGUFReader(path)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
+    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    names = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
+    blocks = {
+        name.removesuffix(".weight"): np.stack(
+            [tensors[f"blk.{layer}.{name}"] for layer in range(SHAPE.layers)]
+        )
+        for name in sorted(names)
+    }
+    parameters = {
+        "token_embd": tensors["token_embd.weight"],
+        "output_norm": tensors["output_norm.weight"],
+        "blk": blocks,
+    }
+    vocabulary = {token: index for index, token in enumerate(tokens) if token not in SPECIALS}
+    return vocabulary, merges, parameters
 
 
 def _vocabulary(tokenizer_json: str) -> Vocabulary:

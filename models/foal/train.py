@@ -36,28 +36,37 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from models.foal import corpus  # noqa: E402
-from models.foal.export import SHAPE, SPECIALS, write_gguf  # noqa: E402
+from models.foal.export import SHAPE, SPECIALS, read_gguf, write_gguf  # noqa: E402
 
 VOCABULARY: Final = 2048
 QUESTION_WEIGHT: Final = 0.15
-TOOL_SHARE: Final = 0.05
+TOOL_SHARE: Final = 0.04
+TOOL_ROUNDS: Final = 3
+ECHO_SHARE: Final = 0.08
+CUT_SHARE: Final = 0.5
+CUT_TOKENS: Final = (8, 24)
+"""So many conversations are cut so far into their answer: which answer it is shows in its first words, and
+the time goes into more questions."""
+
+SLIP_SHARE: Final = 0.01
+"""Tokens of questions that training replaces by any other, so that no single word decides."""
+
 FRESH_SHARE: Final = 0.6
 """Conversations that begin a new text; the others go on in the one before, as in a long chat."""
 
-PHASES: Final = ((0.88, 384, 6), (0.12, 1024, 2))
+PHASES: Final = ((0.9, 320, 4), (0.1, 1024, 2))
 """Share of the time, tokens of a sequence, sequences of a batch."""
 
-PEAK_RATE: Final = 1.5e-3
+PEAK_RATE: Final = 2e-3
+GO_ON_RATE: Final = 3e-4
+"""Of a training that goes on from parameters."""
+
 Parameters = dict[str, Any]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Learn a byte-level BPE that splits as llama.cpp's pre-tokenizer "smollm" does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    """Learn a byte-level BPE."""
+    tokenizer = split_as_llama_cpp(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -65,6 +74,16 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIALS))
+    return tokenizer
+
+
+def split_as_llama_cpp(model: models.BPE) -> Tokenizer:
+    """Return a tokenizer that splits as llama.cpp's pre-tokenizer "smollm" does."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -77,8 +96,8 @@ class Sampler:
         self._order: list[corpus.Block] = []
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
-        self._cities = [city for city in corpus.CITIES if city not in corpus.HELD_OUT_CITIES]
         self._bos = tokenizer.token_to_id(SPECIALS[0])
+        self._words = tokenizer.get_vocab_size() - len(SPECIALS)
 
     def batch(self, sequences: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (sequences, length + 1) token ids and weights."""
@@ -88,17 +107,26 @@ class Sampler:
     def _row(self, length: int) -> tuple[list[int], list[float]]:
         ids: list[int] = []
         weights: list[float] = []
+        fresh = True
         while len(ids) < length:
-            if not ids or self._rng.random() < FRESH_SHARE:
+            if fresh:
                 ids.append(self._bos)
                 weights.append(0.0)
-            for message in self._conversation():
-                self._append(message, ids, weights)
+            messages = self._conversation()
+            calls = any(message.role == "tool" for message in messages)
+            cut = self._rng.randint(*CUT_TOKENS) if not calls and self._rng.random() < CUT_SHARE else None
+            for message in messages[:-1]:
+                self._append(message, ids, weights, slips=not calls)
+            self._append(messages[-1], ids, weights, cut=cut)
+            fresh = cut is not None or self._rng.random() < FRESH_SHARE
         return ids[:length], weights[:length]
 
     def _conversation(self) -> list[corpus.Message]:
         if self._rng.random() < TOOL_SHARE:
-            return corpus.tool_conversation(self._rng, self._cities)
+            city = corpus.some_city(self._rng)
+            return corpus.tool_conversation(self._rng, city, rounds=self._rng.randint(1, TOOL_ROUNDS))
+        if self._rng.random() < ECHO_SHARE:
+            return corpus.echo_conversation(self._rng)
         if not self._order:
             self._order = self._list.copy()
             self._rng.shuffle(self._order)
@@ -107,14 +135,30 @@ class Sampler:
             messages.insert(0, corpus.tools_message((corpus.WEATHER, corpus.CALCULATOR)))
         return messages
 
-    def _append(self, message: corpus.Message, ids: list[int], weights: list[float]) -> None:
+    def _append(
+        self,
+        message: corpus.Message,
+        ids: list[int],
+        weights: list[float],
+        *,
+        slips: bool = False,
+        cut: int | None = None,
+    ) -> None:
+        """Add a turn: a question with slips, or, with `cut`, so many tokens of an answer."""
         said = message.role == "assistant"
         opening = self._tokenizer.encode(f"{corpus.IM_START}{message.role}\n").ids
         body = self._tokenizer.encode(f"{message.content}{corpus.IM_END}").ids
+        if slips and message.role == "user":
+            body = [self._slip(token) for token in body[:-1]] + body[-1:]
         ending = self._tokenizer.encode("\n").ids
+        if cut is not None and cut < len(body):
+            body, ending = body[:cut], []
         ids += opening + body + ending
         weight = 1.0 if said else QUESTION_WEIGHT if message.role == "user" else 0.0
         weights += [0.0] * len(opening) + [weight] * len(body) + [0.0] * len(ending)
+
+    def _slip(self, token: int) -> int:
+        return self._rng.randrange(self._words) if self._rng.random() < SLIP_SHARE else token
 
 
 def initial(key: jax.Array, vocabulary: int) -> Parameters:
@@ -191,16 +235,17 @@ def loss_of(parameters: Parameters, tokens: jax.Array, weights: jax.Array) -> ja
     return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
-def learning_rate(done: float) -> float:
+def learning_rate(done: float, peak: float) -> float:
     """Return the rate when this share of the time is over: up quickly, down along a cosine."""
     if done < 0.03:
-        return PEAK_RATE * done / 0.03
-    return PEAK_RATE * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97))))
+        return peak * done / 0.03
+    return peak * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97))))
 
 
-def train(sampler: Sampler, vocabulary: int, minutes: float, seed: int) -> tuple[Parameters, dict[str, Any]]:
-    """Train for so many minutes; returns the parameters and what happened."""
-    parameters = initial(jax.random.key(seed), vocabulary)
+def train(
+    sampler: Sampler, parameters: Parameters, minutes: float, peak: float
+) -> tuple[Parameters, dict[str, Any]]:
+    """Train for so many minutes, at most at rate `peak`; returns the parameters and what happened."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, b2=0.98, weight_decay=0.05),
@@ -228,7 +273,7 @@ def train(sampler: Sampler, vocabulary: int, minutes: float, seed: int) -> tuple
         boundary += share * total
         while (spent := time.monotonic() - begin) < boundary:
             tokens, weights = jax.device_put(sampler.batch(sequences, length), split)
-            rate = learning_rate(spent / total)
+            rate = learning_rate(spent / total, peak)
             parameters, state, loss_now = step(parameters, state, tokens, weights, rate)
             loss = float(loss_now)
             steps += 1
@@ -269,15 +314,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=27)
+    parser.add_argument("--minutes", type=float, default=36)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "foal")
+    parser.add_argument("--start", type=Path, help="go on from this F16 file: the text has changed a little")
     arguments = parser.parse_args()
     blocks = corpus.read_blocks()
     print(f"{len(blocks)} blocks", flush=True)
-    tokenizer = train_tokenizer(corpus.all_text(blocks.values(), random.Random(arguments.seed)))
+    if arguments.start is None:
+        tokenizer = train_tokenizer(corpus.all_text(blocks.values(), random.Random(arguments.seed)))
+        parameters, peak = initial(jax.random.key(arguments.seed), tokenizer.get_vocab_size()), PEAK_RATE
+    else:
+        vocabulary, merges, arrays = read_gguf(arguments.start)
+        parameters = jax.tree.map(jnp.asarray, arrays)
+        tokenizer, peak = split_as_llama_cpp(models.BPE(vocabulary, merges)), GO_ON_RATE
+        tokenizer.add_special_tokens(list(SPECIALS))
     sampler = Sampler(blocks, tokenizer, arguments.seed)
-    parameters, report = train(sampler, tokenizer.get_vocab_size(), arguments.minutes, arguments.seed)
+    parameters, report = train(sampler, parameters, arguments.minutes, peak)
     report["held_out_perplexity"] = perplexity(parameters, blocks, tokenizer)
     arguments.out.mkdir(parents=True, exist_ok=True)
     report["files"] = write_gguf(arguments.out, tokenizer.to_str(), jax.tree.map(np.asarray, parameters))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 EXACT_CANDIDATES: Final = 10
 """Of so many candidates the cheapest set is found by trying all sets; of more, step by step."""
 
-LEAST_RELOAD_SECONDS: Final = 0.1
-"""A load costs at least this: below, differences say nothing."""
+LEAST_RELOAD_SECONDS: Final = 1.0
+"""A load costs at least this: below, how busy the machine was says more than how large the model is."""
 
 
 class Standing(Enum):
