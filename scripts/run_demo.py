@@ -42,12 +42,16 @@ def main() -> None:
 
 def show(port: int, grpc_port: int) -> None:
     """Starts the server, loads the model and asks it, and waits until it is told to stop."""
-    for name, number in (("--port", port), ("--grpc-port", grpc_port)):
-        if is_listening(number):
-            msg = (
-                f"port {number} is taken by another program; choose one: make run ARGS='{name} {number + 1}'"
-            )
-            raise StepError(msg)
+    wanted = {"--port": port, "--grpc-port": grpc_port}
+    taken = {name: number for name, number in wanted.items() if is_listening(number)}
+    if taken:
+        numbers = " and ".join(str(number) for number in taken.values())
+        others = " ".join(f"{name} {number + 1}" for name, number in taken.items())
+        msg = (
+            f"port {numbers} taken, perhaps by a Paddock that runs already (`paddock doctor` says who answers); "
+            f"stop it, or choose others: make run ARGS='{others}'"
+        )
+        raise StepError(msg)
     server = start_server(port, grpc_port)
     try:
         wait_until_listening(server, port, grpc_port)
@@ -139,6 +143,10 @@ The server is up until you press Ctrl-C.
 With models of yours, GGUF files in a folder, stop this server and start
 
   {bin_dir}/paddock up --models-dir FOLDER
+
+or, with a network, have this one fetch a model of the Hugging Face Hub:
+
+  {bin_dir}/paddock load hf:ORG/REPO:Q4_K_M
 """,
         flush=True,
     )
