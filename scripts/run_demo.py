@@ -48,8 +48,8 @@ def show(port: int, grpc_port: int) -> None:
         numbers = " and ".join(str(number) for number in taken.values())
         others = " ".join(f"{name} {number + 1}" for name, number in taken.items())
         msg = (
-            f"port {numbers} taken, perhaps by a Paddock that runs already (`paddock doctor` says who answers); "
-            f"stop it, or choose others: make run ARGS='{others}'"
+            f"port {numbers} taken, perhaps by a Paddock that runs already (`paddock doctor` says who "
+            f"answers); stop it, or choose others: make run ARGS='{others}'"
         )
         raise StepError(msg)
     server = start_server(port, grpc_port)
