@@ -296,6 +296,13 @@ def test_run_json_is_one_event_a_line(paddock: Paddock) -> None:
     assert lines[-1]["usage"] == {"prompt_tokens": 3, "cached_prompt_tokens": 1, "completion_tokens": 4}
 
 
+def test_help_in_a_chat_is_no_question(paddock: Paddock, server: FakeServer) -> None:
+    result = paddock("chat", "tiny", input="/help\n")
+
+    assert "/clear forgets" in result.stderr
+    assert server.manager.requests("Generate") == []
+
+
 def test_chat_keeps_what_was_said_until_it_is_cleared(paddock: Paddock, server: FakeServer) -> None:
     result = paddock("chat", "tiny", input="one\n\ntwo\n/clear\nthree\n")
 

@@ -77,7 +77,9 @@ def test_without_a_server_and_without_a_problem_it_explains_what_it_sees(
     ]
     assert [finding["level"] for finding in areas["models"]] == ["ok", "warning"]
     assert "'broken' cannot be loaded: broken.gguf" in areas["models"][1]["message"]
-    assert "https://hub.local, online, a token from HF_TOKEN" in areas["hub"][0]["message"]
+    assert (
+        "https://hub.local, not asked whether it answers, a token from HF_TOKEN" in areas["hub"][0]["message"]
+    )
     assert SECRET not in done.stdout
     assert not (tmp_path / "state").exists()
     assert areas["server"] == [

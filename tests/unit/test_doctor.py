@@ -136,7 +136,7 @@ JUDGEMENTS = {
         PROBLEM,
         "Permission",
     ),
-    "hub": (findings.judge_hub(HUB), OK, "online, no token"),
+    "hub": (findings.judge_hub(HUB), OK, "not asked whether it answers, no token"),
     "hub offline": (findings.judge_hub(replace(HUB, offline=True)), OK, "offline"),
     "endpoint": (findings.judge_hub(replace(HUB, endpoint="hub.local")), PROBLEM, "is no address"),
     "hub cache": (findings.judge_hub(replace(HUB, cache_fault="Read-only")), WARNING, "cannot be written"),

@@ -235,7 +235,7 @@ class ModelNotFoundError(PaddockError):
         """Make the error for a model name."""
         return cls(
             Reason.MODEL_NOT_FOUND,
-            f"There is no model named {model!r}. List shows the models there are.",
+            f"There is no model named {model!r}. List, or GET /v1/models over HTTP, shows those there are.",
             metadata={"model": model},
             resource=model,
         )

@@ -424,7 +424,7 @@ def judge_hub(hub: Hub) -> list[Finding]:
     """Judge the settings downloads go by."""
     area = "hub"
     token = f"a token from {hub.token_from}" if hub.token_from else "no token"
-    mode = "offline" if hub.offline else "online"
+    mode = "offline mode" if hub.offline else "not asked whether it answers"
     found: list[Finding] = []
     if re.match(r"https?://[^/]", hub.endpoint):
         found.append(ok(area, f"{hub.endpoint}, {mode}, {token}"))

@@ -221,7 +221,7 @@ class Fetch:
             metadata["status"] = str(error.status)
         return make_error(
             Reason.HUB_UNREACHABLE,
-            f"{error.message} What has arrived is kept.",
+            f"{error.message} Whatever arrived is kept.",
             metadata=metadata,
             retry_after_seconds=error.retry_after_seconds,
         )

@@ -467,7 +467,7 @@ class Actor:
         view = self._current_view()
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
-        view.begin(pb.STAGE_ADMIT, "Waiting for room beside the other models.")
+        view.begin(pb.STAGE_ADMIT, "Making sure that it fits into memory.")
         work = asyncio.to_thread(self._tools.predictor.predict, self.entry, effect.options)
         task = self._predicting = asyncio.create_task(work, name=f"predict-{self.state.load_id}")
         task.add_done_callback(lambda done: self._on_predicted(effect.ticket, done))

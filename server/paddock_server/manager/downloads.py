@@ -354,7 +354,7 @@ class Downloads:
                 text = str(error)
                 log.warning("fetcher_failed", model=job.id, error=text, attempt=fruitless)
             if fruitless >= FETCHERS_MAX:
-                return Failed(Reason.HUB_UNREACHABLE, f"{text} What has arrived is kept.", {"model": job.id})
+                return Failed(Reason.HUB_UNREACHABLE, f"{text} Whatever arrived is kept.", {"model": job.id})
             self._warn(job, text)
 
     def _receive(self, job: Job, message: Message) -> None:

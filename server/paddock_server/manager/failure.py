@@ -170,7 +170,7 @@ def model_not_found(model: str) -> Failure:
     """Return the refusal of a call about a model whose file has gone."""
     return Failure(
         Reason.MODEL_NOT_FOUND,
-        f"There is no model named {model!r}. List shows the models there are.",
+        f"There is no model named {model!r}. List, or GET /v1/models over HTTP, shows those there are.",
         {"model": model},
         resource=model,
     )

@@ -61,7 +61,8 @@ def describe(error: PaddockError, server: str) -> str:
                 "Start it with `paddock up`, or name another with --server."
             )
         case Reason.MODEL_NOT_FOUND if model:
-            return f"There is no model named {model!r}. `paddock ls` shows the models there are."
+            hint = " A path is no name: `paddock up --models-dir` serves files." if "/" in model else ""
+            return f"There is no model named {model!r}. `paddock ls` shows the models there are.{hint}"
         case Reason.MODEL_NOT_LOADED if model:
             return f"The model {model!r} is not loaded. Load it with `paddock load {model}`."
         case Reason.OPTIONS_CONFLICT if model:

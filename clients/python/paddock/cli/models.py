@@ -24,7 +24,7 @@ from paddock.cli.session import (
     valid_text,
 )
 from paddock.requests import ConflictPolicy  # noqa: TC001  # typer reads the annotation
-from paddock.types import Model, ModelState, RuntimeOptions
+from paddock.types import Model, ModelState, RuntimeOptions, Unloaded
 
 if TYPE_CHECKING:
     from paddock.client import Client
@@ -179,10 +179,16 @@ def unload(
     ] = None,
 ) -> None:
     """Unload a model, or abort its load."""
-    unloaded = call(
-        server, lambda client: client.unload(model, force=force, drain_timeout_seconds=drain_seconds)
-    )
+
+    async def work(client: Client) -> tuple[Model, Unloaded]:
+        before = await client.get(model)
+        return before, await client.unload(model, force=force, drain_timeout_seconds=drain_seconds)
+
+    before, unloaded = call(server, work)
     aborted = unloaded.aborted_request_count
+    if before.state is ModelState.UNLOADED and not aborted:
+        note(f"{unloaded.model.id} was not loaded.")
+        return
     note(f"Unloaded {unloaded.model.id}." + (f" {aborted} requests were aborted." if aborted else ""))
 
 

@@ -147,6 +147,9 @@ def chat(
             runner.run(client.close())
 
 
+_CHAT_HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear forgets what was said."
+
+
 class Conversation:
     """The turns of a chat."""
 
@@ -173,11 +176,13 @@ class Conversation:
         if interactive:
             with contextlib.suppress(ImportError):  # not on every system
                 import_module("readline")  # gives input() history and editing
-            note("Ctrl-C stops an answer, Ctrl-D leaves, /clear forgets what was said.", style="dim")
+            note(_CHAT_HELP, style="dim")
         while (line := _read_line("> " if interactive else "")) is not None:
             if line.strip() == "/clear":
                 self._messages = list(self._start)
                 note("Forgotten.", style="dim")
+            elif line.strip() == "/help":
+                note(_CHAT_HELP, style="dim")
             elif line.strip():
                 self._take_turn(line)
 
