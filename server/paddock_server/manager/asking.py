@@ -21,7 +21,7 @@ from paddock_server.manager.messages import (
     Remember,
 )
 from paddock_server.manager.options import NO_WISH, Wish
-from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, Cause, Phase
+from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, NEVER, UNUSED, Cause, Phase
 from paddock_server.manager.turn import IDLE_TIMERS
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
     state = turn.state
     if state.closing:
         turn.do(RefuseLoad(event.caller, failures.shutting_down()))
-    elif state.gone and (state.phase in AT_REST or state.phase is Phase.SLEEPING):
+    elif state.gone and state.phase in UNUSED:
         turn.do(RefuseLoad(event.caller, failures.model_not_found(state.model)))
-    elif state.phase in AT_REST or state.phase is Phase.SLEEPING:
+    elif state.phase in UNUSED:
         turn.do(JoinLoad(event.caller))
         turn.begin(_wanted(turn, event), "load_asked")
     elif state.phase in COMING_UP:
@@ -172,7 +172,7 @@ def acquire_asked(turn: Turn, event: AcquireAsked) -> None:
         turn.do(Refuse(event.caller, failures.shutting_down()))
     elif state.phase is Phase.READY:
         grant(turn, (event.caller,), waited=False)
-    elif state.phase in AT_REST or state.phase is Phase.SLEEPING:
+    elif state.phase in UNUSED:
         _acquire_at_rest(turn, event)
     elif state.phase in GOING_DOWN and state.next_load is None and not event.autoload:
         turn.do(Refuse(event.caller, failures.model_not_loaded(state.model)))

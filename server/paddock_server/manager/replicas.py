@@ -12,7 +12,7 @@ from paddock.v1 import model_pb2
 from paddock_server.manager import failure as failures
 from paddock_server.manager.messages import Conflict, NextLoad
 from paddock_server.manager.options import NO_WISH
-from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, Phase
+from paddock_server.manager.state import AT_REST, COMING_UP, GOING_DOWN, UNUSED, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -81,9 +81,7 @@ def route(replicas: Sequence[ReplicaView], tried: Collection[int] = ()) -> Route
     """
     left = {place: view for place, view in enumerate(replicas) if place not in tried}
     able = {place: view for place, view in left.items() if not view.retiring} or left
-    spare = tuple(
-        place for place, view in able.items() if view.phase in _LOADED_ON_DEMAND and not view.held_off
-    )
+    spare = tuple(place for place, view in able.items() if view.phase in UNUSED and not view.held_off)
     place = min(able, key=lambda place: (_nearness(able[place]), able[place].demand, place))
     view = able[place]
     if view.serves:
@@ -111,7 +109,6 @@ def left_waiting(replicas: Sequence[ReplicaView]) -> tuple[int, ...]:
     )
 
 
-_LOADED_ON_DEMAND: Final = AT_REST | {Phase.SLEEPING}
 _COMING: Final = 1
 
 

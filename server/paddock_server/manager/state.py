@@ -82,6 +82,9 @@ PUBLIC_STATES: Final[Mapping[Phase, model_pb2.ModelState.ValueType]] = {
 """What the world sees."""
 
 AT_REST: Final = frozenset({Phase.UNLOADED, Phase.FAILED})
+UNUSED: Final = AT_REST | {Phase.SLEEPING}
+"""No model is in memory, and nothing is under way: a Load or a request begins a load."""
+
 COMING_UP: Final = frozenset({Phase.ADMITTING, Phase.STARTING, Phase.BACKOFF})
 GOING_DOWN: Final = frozenset({Phase.SUSPENDING, Phase.DRAINING, Phase.STOPPING})
 

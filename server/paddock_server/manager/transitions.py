@@ -65,6 +65,7 @@ from paddock_server.manager.state import (
     AT_REST,
     COMING_UP,
     NEVER,
+    UNUSED,
     Cause,
     Phase,
 )
@@ -318,7 +319,7 @@ def _file_found(turn: Turn, event: FileFound) -> None:
 def _file_gone(turn: Turn, event: FileGone) -> None:
     turn.set(gone=True)
     phase = turn.state.phase
-    if phase in AT_REST or phase is Phase.SLEEPING:
+    if phase in UNUSED:
         turn.do(Resume())
     elif event.reloading and phase is Phase.READY:
         turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
@@ -358,7 +359,7 @@ def _resumed(turn: Turn, event: Resumed) -> None:
     if state.phase is Phase.SLEEPING and state.gone:
         turn.stop(Cause.UNLOAD)
         return
-    if state.phase not in AT_REST and state.phase is not Phase.SLEEPING:
+    if state.phase not in UNUSED:
         return
     if state.closing:
         turn.do(Closed())
