@@ -13,7 +13,7 @@ from paddock.errors import InvalidFieldError, ModelNotFoundError, PaddockError, 
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, CatalogProblem
-from paddock_server.manager import manager as manager_module
+from paddock_server.manager import registry
 from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PROBLEM = CatalogProblem(Reason.MODEL_CORRUPT, "bad.gguf: no magic (byte 0)", {"
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Server]:
-    monkeypatch.setattr(manager_module, "SCAN_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "SCAN_SECONDS", 0.0)
     async with Server("a", "b") as running:
         yield running
 
@@ -35,6 +35,12 @@ def local(path: str) -> model_pb2.ModelSource:
 
 def ids(server: Server) -> list[str]:
     return [model.id for model in server.manager.snapshots()[0]]
+
+
+async def scan(server: Server) -> None:
+    """Have the server look at the directories again, as it does for a model it does not know."""
+    with pytest.raises(ModelNotFoundError):
+        await server.manager.acquire("unknown")
 
 
 async def test_a_file_dropped_into_the_directory_is_found_when_asked_for(server: Server) -> None:
@@ -73,8 +79,9 @@ async def test_a_directory_that_cannot_be_listed_changes_nothing(server: Server)
     server.catalog.fault = CatalogError("models_dir", "'/models' cannot be listed: gone")
     with pytest.raises(ModelNotFoundError):
         await server.manager.acquire("unknown")
-    with pytest.raises(CatalogError):
-        await server.manager.rescan()
+    with pytest.raises(PaddockError) as caught:
+        await server.manager.reload()
+    assert caught.value.reason == Reason.INVALID_CONFIG
     assert ids(server) == ["a", "b"]
 
 
@@ -83,7 +90,7 @@ async def test_a_model_whose_file_has_gone_disappears(server: Server) -> None:
         await anext(stream)
         await anext(stream)
         del server.catalog.entries["a"]
-        await server.manager.rescan()
+        await scan(server)
         changes = [await anext(stream), await anext(stream)]
     assert changes[0].changed.model.artifact_state == model_pb2.ARTIFACT_STATE_ABSENT
     assert changes[1].deleted.model == "a"
@@ -95,7 +102,7 @@ async def test_a_model_whose_file_has_gone_disappears(server: Server) -> None:
 async def test_a_loaded_model_whose_file_has_gone_serves_until_it_is_unloaded(server: Server) -> None:
     await loads(server.manager, "a")
     del server.catalog.entries["a"]
-    await server.manager.rescan()
+    await scan(server)
     async with await server.manager.acquire("a"):
         pass
     response = await server.manager.unload(pb.UnloadRequest(model="a"))
@@ -106,7 +113,7 @@ async def test_a_loaded_model_whose_file_has_gone_serves_until_it_is_unloaded(se
 async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
     old = server.catalog.entries.pop("a")
     await loads(server.manager, "a")
-    await server.manager.rescan()
+    await scan(server)
     await server.manager.unload(pb.UnloadRequest(model="a"))
     server.catalog.entries["a"] = old
     async with await server.manager.acquire("a"):
@@ -116,7 +123,7 @@ async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
 async def test_a_file_that_changes_is_one_change_to_watchers(server: Server) -> None:
     _, before = server.manager.snapshots()
     server.catalog.entries["a"] = replace(server.catalog.entries["a"], size_bytes=77)
-    await server.manager.rescan()
+    await scan(server)
     await until(lambda: server.manager.snapshots()[0][0].size_bytes == 77)
     assert server.manager.snapshots()[1] == before + 1
 
@@ -196,10 +203,10 @@ async def test_a_model_deeper_than_a_scan_looks_is_found_by_its_path(server: Ser
         await loads(server.manager, "deep")
     events = await loads(server.manager, "deep", source=local("x/y/deep.gguf"))
     assert events[-1].loaded.model.source.local.path == "x/y/deep.gguf"
-    await server.manager.rescan()
+    await scan(server)
     assert "deep" in ids(server), "it stays known"
     server.catalog.hidden.clear()
-    await server.manager.rescan()
+    await scan(server)
     await server.manager.unload(pb.UnloadRequest(model="deep"))
     await until(lambda: "deep" not in ids(server))
 

@@ -1,6 +1,7 @@
 """The models of this server: who is loaded, who gets in, who has to go.
 
-manager      what the RPCs call; finds the model and awaits its answer
+manager      what the RPCs call; has the model do it and awaits its answer
+registry     which models there are: scans, names, reloads
 replica_set  a model: one replica or several; replicas decides for them, pure
 actor        one task per replica, the only writer of its state; carries out what was decided
 transitions  the state machine of a replica, pure; asking and turn are its parts
@@ -10,7 +11,7 @@ residency    its books; policy its decision, pure; admission the budget behind i
 run          one worker from start to end, in tasks beside the actor
 progress     a load as its callers see it; events the watch over all models
 sources      what the catalog gives, and reloads say of it
-desired      what comes back after a restart
+desired      what comes back after a restart; startup brings it back
 """
 
 from __future__ import annotations
