@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import structlog
 
@@ -21,8 +21,6 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogEntry
 from paddock_server.manager import failure as failures
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import Admission
-from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.lease import Lease
 from paddock_server.manager.loop import (
     Committed,
@@ -30,17 +28,16 @@ from paddock_server.manager.loop import (
     Leaving,
     Left,
     Looked,
-    LoopMessage,
     Slept,
     Stayed,
 )
-from paddock_server.manager.options import Options, Wish, load_frame
-from paddock_server.manager.prediction import Prediction, Predictor
-from paddock_server.manager.progress import LoadView, Subscription
-from paddock_server.manager.residency import Holding, Look
-from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerLauncher, WorkerRun
+from paddock_server.manager.options import Options, load_frame
+from paddock_server.manager.progress import ShownLoad, Subscription
+from paddock_server.manager.residency import Look
+from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerRun
 from paddock_server.manager.snapshot import Clocks, Times, model_proto, visible
-from paddock_server.manager.state import ActorState, Limits, Phase
+from paddock_server.manager.state import ActorState, Phase
+from paddock_server.manager.timers import Timers
 from paddock_server.manager.transitions import step
 from paddock_server.supervisor import LogRing, WorkerSpec
 from paddock_server.worker.v1 import worker_pb2
@@ -50,70 +47,11 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from paddock_server.manager.prediction import Prediction
     from paddock_server.manager.run import LiveWorker
+    from paddock_server.manager.tools import Home, Tools
 
 log: FilteringBoundLogger = structlog.get_logger()
-
-_STAGES: Final = {
-    worker_pb2.LOAD_STAGE_WEIGHTS: (pb.STAGE_WEIGHTS, "Reading the weights."),
-    worker_pb2.LOAD_STAGE_WARMUP: (pb.STAGE_WARMUP, "Allocating the KV cache and running the first batch."),
-}
-
-
-class Home(Protocol):
-    """What an actor belongs to: one model, of which it is one replica."""
-
-    number: int
-    """Number of the replica, from 0."""
-
-    def show(self) -> None:
-        """Tell the watchers: what they see of the replica has changed."""
-        ...
-
-    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
-        """Add to a model as it is shown what is known of a download of it."""
-        ...
-
-    def stepped(self, old: ActorState, new: ActorState) -> None:
-        """Learn of a step, once it has been carried out."""
-        ...
-
-    def remember(self, wish: Wish | None) -> None:
-        """Keep an operator's load over a restart, or forget it."""
-        ...
-
-    def vanished(self) -> None:
-        """Learn that the replica is gone for good."""
-        ...
-
-
-class Loop(Protocol):
-    """What an actor needs of the manager loop."""
-
-    def tell(self, message: LoopMessage) -> None:
-        """Put a message into its inbox."""
-        ...
-
-
-@dataclass(slots=True)
-class Rules:
-    """What loads go by. Shared by all actors; written by the manager, when settings change."""
-
-    config: ManagerConfig
-    limits: Limits
-    admission: Admission
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What an actor works with."""
-
-    launcher: WorkerLauncher
-    rules: Rules
-    predictor: Predictor
-    loop: Loop
-    held: Callable[[], Holding | None]
-    """What it holds of the memory, by the books of the manager loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,9 +98,8 @@ class Actor:
         self._shown_entry = entry
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._run: WorkerRun | None = None
-        self._view: LoadView | None = None
-        self._timers: dict[m.Timer, tuple[asyncio.TimerHandle, int]] = {}
-        self._serial = 0
+        self._shown = ShownLoad(self._loop.time)
+        self._timers = Timers(self.tell)
         self._own: deque[m.Event] = deque()
         self._times = Times()
         self._last_use = 0.0
@@ -243,7 +180,7 @@ class Actor:
         """Turn everybody away. `last` is the message a bug was met at, if one was."""
         self._ended = True
         failure = self._end_failure()
-        self._clear_timers(m.ClearTimers(tuple(m.Timer)))
+        self._timers.clear_all()
         for caller in (*self.state.waiters, *self.state.unloads, *self.state.sleeps):
             self._refuse(m.Refuse(caller, failure))
         self._end_load(m.EndLoad(failure))
@@ -284,9 +221,8 @@ class Actor:
             case Progressed():
                 self._on_progressed(message)
             case m.TimerFired():
-                if self._is_current(message):
-                    stage = self._view.stage_name if self._view is not None else message.stage
-                    self._advance(replace(message, stage=stage))
+                if self._timers.is_due(message):
+                    self._advance(replace(message, stage=self._shown.stage_name or message.stage))
             case CatchUp():
                 message.read.set()
             case EntryFound():
@@ -354,52 +290,14 @@ class Actor:
 
     def _on_spawned(self, message: Spawned) -> None:
         if self._is_starting(message.load_number):
-            self._begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
+            self._shown.begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
 
     def _on_progressed(self, message: Progressed) -> None:
-        if self._is_starting(message.load_number) and message.stage in _STAGES:
-            stage = self._begin_stage(message.stage)
-            total_bytes = self.entry.size_bytes if stage == pb.STAGE_WEIGHTS else 0
-            self._current_view().advance(stage, message.fraction, total_bytes)
+        if self._is_starting(message.load_number):
+            self._shown.advance(message.stage, message.fraction, self.entry.size_bytes)
 
     def _is_starting(self, load_number: int) -> bool:
         return self.state.phase is Phase.STARTING and self.state.load_number == load_number
-
-    def _begin_stage(self, worker_stage: worker_pb2.LoadStage.ValueType) -> pb.Stage.ValueType:
-        stage, message = _STAGES[worker_stage]
-        view = self._current_view()
-        if view.stage < stage:
-            view.begin(stage, message)
-        return stage
-
-    def _current_view(self) -> LoadView:
-        if self._view is None:
-            self._view = LoadView(self._loop.time)
-        return self._view
-
-    # Timers
-
-    def _is_current(self, message: m.TimerFired) -> bool:
-        timer = self._timers.get(message.timer)
-        if timer is None or timer[1] != message.serial:
-            return False
-        del self._timers[message.timer]
-        return True
-
-    def _set_timer(self, effect: m.SetTimer) -> None:
-        self._clear_timers(m.ClearTimers((effect.timer,)))
-        self._serial += 1
-        message = m.TimerFired(effect.timer, self._serial)
-        self._timers[effect.timer] = (
-            self._loop.call_later(effect.seconds, self.tell, message),
-            self._serial,
-        )
-
-    def _clear_timers(self, effect: m.ClearTimers) -> None:
-        for timer in effect.timers:
-            running = self._timers.pop(timer, None)
-            if running is not None:
-                running[0].cancel()
 
     # Effects
 
@@ -433,9 +331,9 @@ class Actor:
             case m.AnswerUnload():
                 self._answer_unload(effect)
             case m.SetTimer():
-                self._set_timer(effect)
+                self._timers.set(effect)
             case m.ClearTimers():
-                self._clear_timers(effect)
+                self._timers.clear(effect.timers)
             case m.Releasing():
                 tools.loop.tell(Leaving(model, effect.ticket))
             case m.Leave():
@@ -451,20 +349,20 @@ class Actor:
             case m.Vanish():
                 self._home.vanished()
             case m.JoinLoad():
-                self._current_view().attach(_subscription(effect.caller))
+                self._shown.view.attach(_subscription(effect.caller))
             case m.AnswerLoaded():
                 _subscription(effect.caller).finish(self._loaded(already=True))
             case m.RefuseLoad():
                 _subscription(effect.caller).fail(effect.failure)
             case m.WarnLoad():
-                self._current_view().warn(effect.failure)
+                self._shown.view.warn(effect.failure)
             case m.Resume():
                 self._own.append(m.Resumed())
             case m.Closed():
                 self.closed.set()
 
     def _enter(self, effect: m.Enter) -> None:
-        view = self._current_view()
+        view = self._shown.view
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Making sure that it fits into memory.")
@@ -497,7 +395,7 @@ class Actor:
         return worker.resident_bytes() if worker is not None else 0
 
     def _start_worker(self, effect: m.StartWorker) -> None:
-        self._current_view().begin(pb.STAGE_SPAWN, "Starting the worker process.")
+        self._shown.view.begin(pb.STAGE_SPAWN, "Starting the worker process.")
         plan = self._run_plan(effect.load_number, effect.options)
         self._run = WorkerRun(self._tools.launcher, plan, self.tell)
 
@@ -505,10 +403,10 @@ class Actor:
         if self._run is None:  # It died, and the message about it is on its way.
             self._start_worker(m.StartWorker(effect.load_number, effect.options))
             return
-        view = self._current_view()
+        view = self._shown.view
         view.begin(pb.STAGE_SPAWN, "The worker process has slept.")
         view.end_stage(cached=True)
-        self._begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
+        self._shown.begin_stage(worker_pb2.LOAD_STAGE_WEIGHTS)
         self._run.wake(self._run_plan(effect.load_number, effect.options))
 
     def _run_plan(self, load_number: int, options: Options) -> RunPlan:
@@ -555,7 +453,7 @@ class Actor:
             reply.set_exception(effect.failure.error())
 
     def _end_load(self, effect: m.EndLoad) -> None:
-        view, self._view = self._view, None
+        view = self._shown.end()
         if view is None:
             return
         if effect.failure is None:

@@ -13,7 +13,6 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.manager import failure as failures
-from paddock_server.manager.actor import Actor, Rules, Tools
 from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
@@ -33,6 +32,7 @@ from paddock_server.manager.sources import entry_problem
 from paddock_server.manager.startup import Startup
 from paddock_server.manager.state import Limits
 from paddock_server.manager.tasks import Tasks
+from paddock_server.manager.tools import Rules, Tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from paddock_server.catalog import CatalogEntry, RequestDefaults
+    from paddock_server.manager.actor import Actor
     from paddock_server.manager.admission import Admission
     from paddock_server.manager.config import ManagerConfig, Settings
     from paddock_server.manager.lease import Lease

@@ -13,9 +13,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from paddock.v1 import model_manager_pb2 as pb
+from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from paddock_server.manager.failure import Failure
 
@@ -182,6 +183,50 @@ class LoadView:
         for subscription in self._subscriptions:
             if not subscription.closed:
                 subscription.push(event)
+
+
+class ShownLoad:
+    """The load of an actor as it is shown: one view from the first thing to show to the load's end."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._view: LoadView | None = None
+
+    @property
+    def view(self) -> LoadView:
+        """The view of the load under way, or of the one that is to come."""
+        if self._view is None:
+            self._view = LoadView(self._clock)
+        return self._view
+
+    @property
+    def stage_name(self) -> str:
+        """The stage the load is at; empty while nothing is shown."""
+        return self._view.stage_name if self._view is not None else ""
+
+    def begin_stage(self, worker_stage: worker_pb2.LoadStage.ValueType) -> pb.Stage.ValueType:
+        """Show that a worker is at a stage of its own, unless it is; return what the stage is called here."""
+        stage, message = _WORKER_STAGES[worker_stage]
+        if self.view.stage < stage:
+            self.view.begin(stage, message)
+        return stage
+
+    def advance(self, worker_stage: worker_pb2.LoadStage.ValueType, fraction: float, size_bytes: int) -> None:
+        """Show how far a worker is; `size_bytes` is the size of the file. Unknown stages are left out."""
+        if worker_stage in _WORKER_STAGES:
+            stage = self.begin_stage(worker_stage)
+            self.view.advance(stage, fraction, size_bytes if stage == pb.STAGE_WEIGHTS else 0)
+
+    def end(self) -> LoadView | None:
+        """Take away the view of the load that ends; None when there is none."""
+        view, self._view = self._view, None
+        return view
+
+
+_WORKER_STAGES: Final[Mapping[worker_pb2.LoadStage.ValueType, tuple[pb.Stage.ValueType, str]]] = {
+    worker_pb2.LOAD_STAGE_WEIGHTS: (pb.STAGE_WEIGHTS, "Reading the weights."),
+    worker_pb2.LOAD_STAGE_WARMUP: (pb.STAGE_WARMUP, "Allocating the KV cache and running the first batch."),
+}
 
 
 def _is_advance(response: pb.LoadResponse) -> bool:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from paddock_server.catalog import RequestDefaults
-    from paddock_server.manager.actor import Rules
     from paddock_server.manager.config import Settings
     from paddock_server.manager.desired import DesiredLoads
     from paddock_server.manager.sources import ModelCatalog
+    from paddock_server.manager.tools import Rules
 
 log: FilteringBoundLogger = structlog.get_logger()
 

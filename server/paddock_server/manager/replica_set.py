@@ -16,7 +16,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogEntry
 from paddock_server.manager import failure as failures
-from paddock_server.manager.actor import Acquiring, Actor, EntryFound, Tools
+from paddock_server.manager.actor import Acquiring, Actor, EntryFound
 from paddock_server.manager.asking import autoload as autoload_of
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.messages import (
@@ -46,6 +46,7 @@ from paddock_server.manager.replicas import (
 )
 from paddock_server.manager.snapshot import public_state
 from paddock_server.manager.state import AT_REST, NEVER, ActorState, Phase
+from paddock_server.manager.tools import Tools
 from paddock_server.supervisor import LogRing
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class SetTools:
 
 
 class Home:
-    """What a replica's actor sees of its set: see `actor.Home`."""
+    """What a replica's actor sees of its set: see `tools.Home`."""
 
     def __init__(self, replicas: ReplicaSet, replica: str, number: int) -> None:
         self._replicas = replicas
@@ -97,23 +98,23 @@ class Home:
         self.number = number
 
     def show(self) -> None:
-        """See `actor.Home`."""
+        """See `tools.Home`."""
         self._replicas.show()
 
     def stepped(self, old: ActorState, new: ActorState) -> None:
-        """See `actor.Home`."""
+        """See `tools.Home`."""
         self._replicas.stepped(old, new)
 
     def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
-        """See `actor.Home`."""
+        """See `tools.Home`."""
         return self._replicas.completed(model, entry)
 
     def remember(self, wish: Wish | None) -> None:
-        """See `actor.Home`."""
+        """See `tools.Home`."""
         self._replicas.remember(wish)
 
     def vanished(self) -> None:
-        """See `actor.Home`."""
+        """See `tools.Home`."""
         self._replicas.forget(self._replica)
 
 

@@ -1,0 +1,76 @@
+"""What an actor works with and belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from paddock_server.manager.admission import Admission
+from paddock_server.manager.config import ManagerConfig
+from paddock_server.manager.prediction import Predictor
+from paddock_server.manager.residency import Holding
+from paddock_server.manager.run import WorkerLauncher
+from paddock_server.manager.state import ActorState, Limits
+
+if TYPE_CHECKING:
+    from paddock.v1 import model_pb2
+    from paddock_server.catalog import CatalogEntry
+    from paddock_server.manager.loop import LoopMessage
+    from paddock_server.manager.options import Wish
+
+
+class Home(Protocol):
+    """What an actor belongs to: one model, of which it is one replica."""
+
+    number: int
+    """Number of the replica, from 0."""
+
+    def show(self) -> None:
+        """Tell the watchers: what they see of the replica has changed."""
+        ...
+
+    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
+        """Add to a model as it is shown what is known of a download of it."""
+        ...
+
+    def stepped(self, old: ActorState, new: ActorState) -> None:
+        """Learn of a step, once it has been carried out."""
+        ...
+
+    def remember(self, wish: Wish | None) -> None:
+        """Keep an operator's load over a restart, or forget it."""
+        ...
+
+    def vanished(self) -> None:
+        """Learn that the replica is gone for good."""
+        ...
+
+
+class Loop(Protocol):
+    """What an actor needs of the manager loop."""
+
+    def tell(self, message: LoopMessage) -> None:
+        """Put a message into its inbox."""
+        ...
+
+
+@dataclass(slots=True)
+class Rules:
+    """What loads go by. Shared by all actors; written by the manager, when settings change."""
+
+    config: ManagerConfig
+    limits: Limits
+    admission: Admission
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What an actor works with."""
+
+    launcher: WorkerLauncher
+    rules: Rules
+    predictor: Predictor
+    loop: Loop
+    held: Callable[[], Holding | None]
+    """What it holds of the memory, by the books of the manager loop."""
