@@ -107,6 +107,17 @@ async def until_loaded(api: ModelManagerApi, model: str, *, other_than: str = ""
     raise AssertionError
 
 
+async def until_states(api: ModelManagerApi, **wanted: model_pb2.ModelState.ValueType) -> None:
+    """Wait until models are in these states."""
+    async with asyncio.timeout(60), aclosing(api.watch(pb.WatchRequest(models=list(wanted)))) as events:
+        seen: dict[str, int] = {}
+        async for event in events:
+            if event.HasField("changed"):
+                seen[event.changed.model.id] = event.changed.model.state
+            if seen == wanted:
+                return
+
+
 async def test_names_of_one_model_share_its_worker_and_keep_their_own_defaults(place: Place) -> None:
     async with place.served() as api:
         answers = [await generate(api, name) for name in ("a", "first", "clerk", "poet")]
@@ -312,3 +323,51 @@ async def test_a_setting_that_does_not_validate_changes_nothing(place: Place) ->
     assert caught.value.reason == Reason.INVALID_CONFIG
     assert "paddock.toml:2" in caught.value.message
     assert not shown["a"].aliases
+
+
+async def test_a_reload_with_fewer_places_has_the_least_recently_used_idle_models_go(place: Place) -> None:
+    place.toml.write_text("models_max = 2\n")
+    async with place.served() as api:
+        for model in ("b", "a"):
+            await generate(api, model)
+        place.toml.write_text("models_max = 1\n")
+        await api.reload(pb.ReloadRequest())
+        await until_states(api, a=model_pb2.MODEL_STATE_LOADED, b=model_pb2.MODEL_STATE_UNLOADED)
+
+
+async def test_a_model_that_a_reload_pins_and_leaves_no_room_beside_stays(place: Place) -> None:
+    place.toml.write_text("models_max = 2\n")
+    async with place.served() as api:
+        for model in ("b", "a"):
+            await generate(api, model)
+        place.toml.write_text("models_max = 1\n[models.b]\npinned = true\n")
+        await api.reload(pb.ReloadRequest())
+        await until_states(api, a=model_pb2.MODEL_STATE_UNLOADED, b=model_pb2.MODEL_STATE_LOADED)
+
+
+async def test_a_reload_over_pinned_models_keeps_them_and_warns(
+    place: Place, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pins = "[models.a]\npinned = true\n[models.b]\npinned = true\n"
+    place.toml.write_text("models_max = 2\n" + pins)
+    async with place.served() as api:
+        for model in ("b", "a"):
+            await generate(api, model)
+        place.toml.write_text("models_max = 1\n" + pins)
+        await api.reload(pb.ReloadRequest())
+        shown = await models(api)
+    assert {(model.state, model.pinned) for model in shown.values()} == {(model_pb2.MODEL_STATE_LOADED, True)}
+    assert "pinned_models_pass_limits" in caplog.text + "".join(capsys.readouterr())
+
+
+async def test_models_that_a_reload_puts_into_an_exclusive_group_do_not_stay_together(place: Place) -> None:
+    place.toml.write_text("")
+    async with place.served() as api:
+        for model in ("a", "b"):
+            await generate(api, model)
+        group = "[groups.g]\nexclusive = true\n"
+        place.toml.write_text(f'{group}[models.a]\ngroup = "g"\n[models.b]\ngroup = "g"\n')
+        await api.reload(pb.ReloadRequest())
+        await until_states(api, a=model_pb2.MODEL_STATE_UNLOADED, b=model_pb2.MODEL_STATE_LOADED)
+        await generate(api, "a")
+        await until_states(api, a=model_pb2.MODEL_STATE_LOADED, b=model_pb2.MODEL_STATE_UNLOADED)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from paddock_server.manager import messages as m
-from paddock_server.manager.admission import Footprint, MemoryAdmission, device_bytes
+from paddock_server.manager.admission import NO_EXCESS, MemoryAdmission
 from paddock_server.manager.failure import Failure, model_not_found
 from paddock_server.manager.loop import (
     Committed,
@@ -76,6 +76,8 @@ class Model:
     holders: dict[int, int] = field(default_factory=dict[int, int])
     """Callers with a lease, and the load it is of."""
     last_use: float = 0.0
+    terms: Terms = field(default_factory=Terms)
+    """What it was told last."""
     closed: bool = False
     size: int = 1
     """Bytes a load is predicted to take."""
@@ -101,8 +103,11 @@ class World:
         """With `sizes`, one of each name, the memory is limited to `budget`; 0 is no limit."""
         self.now = 1000.0
         self.models_max = models_max
+        self.admission = MemoryAdmission(models_max, {RAM: budget} if budget else {})
+        self.shrunk = False
+        """Whether the limits have ever become smaller."""
         self.residency = Residency(
-            MemoryAdmission(models_max, {RAM: budget} if budget else {}),
+            self.admission,
             patience_seconds=PATIENCE,
             waiting_max=waiting_max,
         )
@@ -175,7 +180,21 @@ class World:
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
         """Pin a model or take the pin off."""
-        self.tell(name, m.TermsSet(Terms(pinned=pinned)))
+        self._set_terms(name, replace(self.models[name].terms, pinned=pinned))
+
+    def group(self, name: str, group: str) -> None:
+        """A reload puts a model, all replicas of it, into an exclusive group, or with "" into none."""
+        for replica, model in self.models.items():
+            if model_of(replica) == model_of(name):
+                self._set_terms(replica, replace(model.terms, group=group))
+
+    def _set_terms(self, name: str, terms: Terms) -> None:
+        self.models[name].terms = terms
+        self.tell(name, m.TermsSet(terms))
+
+    def limit(self, models_max: int, budget: int) -> None:
+        """A reload changes the limits; 0 is none."""
+        self.loop_inbox.append(Limited(MemoryAdmission(models_max, {RAM: budget} if budget else {})))
 
     def abandon(self, name: str, caller: int) -> None:
         """A caller that waits for a lease goes away."""
@@ -254,10 +273,34 @@ class World:
             case Stayed():
                 self.residency.refused(message.model, message.ticket)
             case Limited():
-                self.residency.limit(message.admission)
+                self._take_over(message)
             case Looked():
                 pass
         self._decide()
+
+    def _take_over(self, message: Limited) -> None:
+        assert isinstance(message.admission, MemoryAdmission)
+        self.residency.limit(message.admission)
+        self.admission = message.admission
+        for old, new in (
+            (self.models_max, self.admission.models_max),
+            (self.budget, self.admission.budget.get(RAM, 0)),
+        ):
+            self.shrunk |= bool(new) and (not old or new < old)
+        self.models_max, self.budget = self.admission.models_max, self.admission.budget.get(RAM, 0)
+
+    def assert_within_limits(self) -> None:
+        """To be called while nothing is under way: nobody who could go holds more than may be held."""
+        held = self.residency.held
+        states = {name: self.models[name].state for name in held}
+        idle = {
+            name
+            for name, state in states.items()
+            if state.phase in {Phase.READY, Phase.SLEEPING} and not state.leases and not state.terms.pinned
+        }
+        stay = [held[name].cost for name in held if name not in idle]
+        everyone = [holding.cost for holding in held.values()]
+        assert self.admission.excess(everyone) == self.admission.excess(stay)
 
     def calm(self) -> None:
         """Let messages be read and workers get on, in a fair order, until only leases and time go on."""
@@ -343,20 +386,19 @@ class World:
                 state.stay,
             )
 
-        overrun = self._is_overrun()
         orders, self.wake_at = self.residency.decide(look, self.now)
+        held = {name: holding.cost for name, holding in self.residency.held.items()}
+        overrun = self.admission.excess(held.values()) != NO_EXCESS
         wanted_by = {model_of(order.model) for order in orders if isinstance(order.message, m.Admitted)}
         wanted_by |= {model_of(name) for name in self.residency.waiting}
         for order in orders:
+            if isinstance(order.message, m.Admitted):
+                others = [cost for name, cost in held.items() if name != order.model]
+                assert self.admission.fits(others, held[order.model]), "who is let in has room"
             if isinstance(order.message, m.EvictAsked) and not overrun:
                 assert wanted_by - {model_of(order.model)}, "a replica never goes for another of its model"
             if order.model in self.models:
                 self.tell(order.model, order.message)
-
-    def _is_overrun(self) -> bool:
-        costs = [holding.cost for holding in self.residency.held.values()]
-        used = sum(device_bytes(cost).get(RAM, 0) for cost in costs)
-        return bool(self.budget) and used > self.budget
 
     # One step, and its rules
 
@@ -469,13 +511,15 @@ class World:
         awake = sum(
             at not in WITHOUT_MODEL for other in self.models.values() for at in other.workers.values()
         )
-        assert not self.models_max or awake <= self.models_max, "no more workers than models_max"
+        enough = not self.models_max or awake <= self.models_max
+        assert enough or self.shrunk, "no more workers than models_max"
 
     def _tell_loop(self, name: str, effect: m.Effect) -> None:
         model = self.models[name]
         match effect:
             case m.Enter():
-                self.loop_inbox.append(Entered(name, effect.ticket, Footprint(((RAM, model.size),))))
+                cost = self.admission.predicted({RAM: model.size}, model.state.terms, model_of(name))
+                self.loop_inbox.append(Entered(name, effect.ticket, cost))
             case m.Commit():
                 self.loop_inbox.append(Committed(name, effect.ticket, model.taken))
             case m.Asleep():

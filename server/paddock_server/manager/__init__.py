@@ -3,8 +3,7 @@
 manager      what the RPCs call; has the model do it and awaits its answer
 registry     which models there are: scans, names, reloads
 replica_set  a model: one replica or several; replicas decides for them, pure
-actor        one task per replica, the only writer of its state; carries out what was decided; works with tools
-             and has timers
+actor        one task per replica, the only writer of its state; carries out what was decided, with its tools
 transitions  the state machine of a replica, pure; asking and turn are its parts
 loop         one task for admission, eviction and the queue for room
 prediction   what a load will take, before it has begun

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from paddock_server.memory import RAM
 
@@ -44,13 +44,31 @@ class Admission(Protocol):
         """Say whether a cost fits beside those that are held, in whatever phase."""
         ...
 
-    def is_overrun(self, held: Iterable[Cost]) -> bool:
-        """Say whether more is held than there is: a model took more than was predicted."""
+    def on_terms(self, held: Cost, terms: Terms) -> Cost:
+        """Return what a model takes whose terms have changed."""
+        ...
+
+    def excess(self, held: Iterable[Cost]) -> Excess:
+        """Return how much more is held than may be: a model took more than was predicted, or limits have
+        changed since."""
         ...
 
     def figures(self, held: Mapping[str, Cost], cost: Cost) -> Mapping[str, str]:
         """Return the numbers to tell somebody whose model does not fit beside those that are held."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """How much more is held than may be. Limits that are kept are not in it."""
+
+    device_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    places: int = 0
+    groups: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Models too many, by exclusive group."""
+
+
+NO_EXCESS: Final = Excess()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +133,22 @@ class MemoryAdmission:
             if device in self.budget
         )
 
-    def is_overrun(self, held: Iterable[Cost]) -> bool:
-        """Say whether the memory of some device is exceeded. The other limits cannot be."""
-        used = _sum(_footprint(one) for one in held)
-        return any(used[device] > limit for device, limit in self.budget.items())
+    def on_terms(self, held: Cost, terms: Terms) -> Cost:
+        """Put the group of the terms in the place of the one it had; a model that sleeps is in none."""
+        footprint = _footprint(held)
+        return replace(footprint, group=terms.group) if footprint.places else footprint
+
+    def excess(self, held: Iterable[Cost]) -> Excess:
+        """Return how much more is held than may be."""
+        there = [_footprint(one) for one in held]
+        used = _sum(there)
+        places = sum(one.places for one in there)
+        members = Counter(group for group, _ in {(one.group, one.model) for one in there if one.group})
+        return Excess(
+            {device: used[device] - size for device, size in self.budget.items() if used[device] > size},
+            max(0, places - self.models_max) if self.models_max else 0,
+            {group: count - 1 for group, count in members.items() if count > 1},
+        )
 
     def figures(self, held: Mapping[str, Cost], cost: Cost) -> Mapping[str, str]:
         """Return what is needed, what is free, and who holds what; bytes by device."""

@@ -127,6 +127,7 @@ class ManagerLoop:
         self._peer = peer
         self._inbox: asyncio.Queue[LoopMessage] = asyncio.Queue()
         self._wake_at: float | None = None
+        self._told_of_pins: tuple[str, ...] = ()
 
     def tell(self, message: LoopMessage) -> None:
         """Put a message into the inbox."""
@@ -144,6 +145,15 @@ class ManagerLoop:
             orders, self._wake_at = self._residency.decide(self._look, loop.time())
             for order in orders:
                 self._give(order)
+            self._tell_of_pins()
+
+    def _tell_of_pins(self) -> None:
+        """Say once that pinned models hold more than may be held: they stay, and others find no room."""
+        models = self._residency.pinned_over_limits
+        if models != self._told_of_pins:
+            self._told_of_pins = models
+            if models:
+                log.warning("pinned_models_pass_limits", models=list(models))
 
     def _enter(self, message: LoopMessage, now: float) -> None:
         books = self._residency

@@ -368,7 +368,10 @@ class ModelManager:
         Raises:
             PaddockError: INVALID_CONFIG, when a file does not validate; nothing has changed then.
         """
-        return await self._registry.reload(self._settings, self._take_over)
+        response = await self._registry.reload(self._settings, self._take_over)
+        # After the models: who goes depends on pins, priorities and groups that the reload may have changed.
+        self._loop.tell(Limited(self._rules.admission))
+        return response
 
     def _take_over(self, settings: Settings) -> bool:
         """Go by other settings of the server from now on; return whether they are others."""
@@ -378,7 +381,6 @@ class ModelManager:
         self._rules.config = self._rules.config = settings.config
         self._rules.limits = _limits(settings.config)
         self._rules.admission = settings.admission
-        self._loop.tell(Limited(settings.admission))
         return True
 
     def snapshots(self) -> tuple[list[model_pb2.Model], int]:

@@ -10,7 +10,9 @@
   longer needed.
 - A replica never has another one of its model go.
 - Only as many go as are needed, and what is leaving already counts.
-- A model that took more than was predicted has the cheapest idle ones go until the budget is kept again.
+- Where more is held than may be, because a model took more than was predicted or a reload has changed the
+  limits, the cheapest idle ones go, as many as help. Of an exclusive group those go that were used least
+  recently. A model in use goes once it is idle, a pinned one stays.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from enum import Enum, auto
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
-from paddock_server.manager.admission import Cost
+from paddock_server.manager.admission import NO_EXCESS, Cost
 from paddock_server.manager.replicas import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from paddock_server.manager.admission import Admission
+    from paddock_server.manager.admission import Admission, Excess
 
 EXACT_CANDIDATES: Final = 10
 """Of so many candidates the cheapest set is found by trying all sets; of more, step by step."""
@@ -122,8 +124,7 @@ class _Planner:
         self._victims: list[Resident] = []
 
     def plan(self, waiting: Sequence[Waiting]) -> Plan:
-        if self._admission.is_overrun(_costs(self._staying)):
-            self._evict((Standing.IDLE,), lambda staying: not self._admission.is_overrun(_costs(staying)))
+        self._keep_limits()
         admit: list[str] = []
         wake_at: float | None = None
         nobody_passed_over = True
@@ -147,6 +148,21 @@ class _Planner:
             relent=tuple(model for model in self._yielding if model not in going),
             wake_at=wake_at,
         )
+
+    def _keep_limits(self) -> None:
+        """Have idle models go as far as that brings the others nearer to the limits."""
+        if self._excess(self._staying) == NO_EXCESS:
+            return
+        idle = [resident for resident in self._staying if resident.standing is Standing.IDLE]
+        least = self._excess(_without(self._staying, idle))
+        by_use = sorted(idle, key=_use)
+        self._have_go(
+            self._step_by_step(by_use, lambda staying: self._excess(staying).groups == least.groups)
+        )
+        self._evict((Standing.IDLE,), lambda staying: self._excess(staying) == least)
+
+    def _excess(self, residents: Sequence[Resident]) -> Excess:
+        return self._admission.excess(_costs(residents))
 
     def _of(self, standing: Standing) -> tuple[str, ...]:
         return tuple(victim.model for victim in self._victims if victim.standing is standing)
@@ -182,10 +198,12 @@ class _Planner:
         )
         if not enough(_without(self._staying, candidates)):
             return False
-        victims = self._cheapest(candidates, order, enough)
+        self._have_go(self._cheapest(candidates, order, enough))
+        return True
+
+    def _have_go(self, victims: list[Resident]) -> None:
         self._staying = _without(self._staying, victims)
         self._victims += victims
-        return True
 
     def _cheapest(
         self,
@@ -204,12 +222,18 @@ class _Planner:
                 (chosen for chosen in sets if enough(_without(self._staying, chosen))),
                 key=lambda chosen: self._price(chosen, order),
             )
+        return self._step_by_step(candidates, enough)
+
+    def _step_by_step(
+        self, candidates: Sequence[Resident], enough: Callable[[Sequence[Resident]], bool]
+    ) -> list[Resident]:
+        """Return the first candidates that are enough, without those that later ones have made needless."""
         chosen: list[Resident] = []
         for candidate in candidates:
-            chosen.append(candidate)
             if enough(_without(self._staying, chosen)):
                 break
-        for victim in chosen[-2::-1]:  # Those that what came after them has made needless are spared.
+            chosen.append(candidate)
+        for victim in chosen[-2::-1]:
             spared = _without(chosen, [victim])
             if enough(_without(self._staying, spared)):
                 chosen = spared
@@ -237,11 +261,15 @@ def eviction_costs(residents: Sequence[Resident]) -> dict[str, float]:
     By use: the one used last counts whole, the one before it half, the third last a third. An order and no
     times, so that what was used a second earlier goes first among models that load in about the same time.
     """
-    by_use = sorted(residents, key=lambda resident: (resident.last_use, resident.loaded_at, resident.model))
+    by_use = sorted(residents, key=_use)
     return {
         resident.model: max(resident.reload_seconds, LEAST_RELOAD_SECONDS) / rank * 2.0**resident.priority
         for rank, resident in enumerate(reversed(by_use), 1)
     }
+
+
+def _use(resident: Resident) -> tuple[float, float, str]:
+    return (resident.last_use, resident.loaded_at, resident.model)
 
 
 def _costs(residents: Sequence[Resident]) -> list[Cost]:

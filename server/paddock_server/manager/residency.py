@@ -8,12 +8,12 @@ own actor.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paddock_server.manager import failure as failures
-from paddock_server.manager.admission import Cost, device_bytes
+from paddock_server.manager.admission import NO_EXCESS, Cost, device_bytes
 from paddock_server.manager.messages import AdmissionRefused, Admitted, EvictAsked, EvictionRelented
 from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, plan
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from paddock_server.manager.admission import Admission
+    from paddock_server.manager.failure import Failure
 
 
 class Look(NamedTuple):
@@ -83,9 +84,11 @@ class Residency:
         self._waiting_max = waiting_max
         self._held: dict[str, Holding] = {}
         self._waiting: dict[str, _Entry] = {}
+        self.pinned_over_limits: tuple[str, ...] = ()
+        """The pinned models, where they alone hold more than may be held: nobody brings that in order."""
 
     def limit(self, admission: Admission) -> None:
-        """Go by other limits from now on. Who is there already stays as long as memory allows."""
+        """Go by other limits from now on. Who is there already and passes them goes once it is idle."""
         self._admission = admission
 
     @property
@@ -109,7 +112,7 @@ class Residency:
     def enter(self, model: str, ticket: int, cost: Cost, now: float) -> Order | None:
         """Queue a model; or return its refusal."""
         if not self._admission.fits((), cost):
-            failure = failures.never_fits(model_of(model), self._admission.figures({}, cost))
+            failure = self._never_fits(model, cost)
         elif len(self._waiting) >= self._waiting_max:
             failure = failures.too_many_models_wait(model_of(model), len(self._waiting))
         else:
@@ -154,18 +157,55 @@ class Residency:
     def decide(self, look: Callable[[str], Look | None], now: float) -> tuple[list[Order], float | None]:
         """Make a plan and enter it in the books; return what to tell whom, and when to plan again at the
         latest."""
+        looks = {model: look(model) for model in self._held}
+        self._follow_terms(look, looks)
+        pinned = self._pinned(looks)
+        over = self._admission.excess(pinned.values()) != NO_EXCESS
+        self.pinned_over_limits = tuple(sorted({model_of(model) for model in pinned})) if over else ()
         if (
             not self._waiting
             and all(holding.asked is not Standing.YIELDING for holding in self._held.values())
-            and not self._admission.is_overrun(holding.cost for holding in self._held.values())
+            and self._admission.excess(holding.cost for holding in self._held.values()) == NO_EXCESS
         ):
             return [], None
-        looks = {model: look(model) for model in self._held}
-        refusals = [*self._refuse_beside_replicas(looks), *self._refuse_beside_pinned(looks)]
+        refusals = [
+            *self._refuse_what_never_fits(),
+            *self._refuse_beside_replicas(looks),
+            *self._refuse_beside_pinned(pinned),
+        ]
         residents = [self._resident(model, holding, looks[model]) for model, holding in self._held.items()]
         waiting = [Waiting(model, entry.cost, entry.since) for model, entry in self._waiting.items()]
         chosen = plan(residents, waiting, self._admission, now, self._patience)
         return [*refusals, *self._carry_out(chosen)], chosen.wake_at
+
+    def _follow_terms(self, look: Callable[[str], Look | None], looks: Mapping[str, Look | None]) -> None:
+        """Take over groups that a reload has changed."""
+        for model, shown in looks.items():
+            if shown is not None:
+                holding = self._held[model]
+                holding.cost = self._admission.on_terms(holding.cost, shown.terms)
+        for model, entry in self._waiting.items():
+            shown = look(model)
+            if shown is not None:
+                self._waiting[model] = replace(entry, cost=self._admission.on_terms(entry.cost, shown.terms))
+
+    def _pinned(self, looks: Mapping[str, Look | None]) -> Mapping[str, Cost]:
+        """Return what pinned models hold that are there to stay."""
+        return {
+            model: self._held[model].cost
+            for model, shown in looks.items()
+            if shown is not None and shown.terms.pinned and shown.phase in _STAYING
+        }
+
+    def _refuse_what_never_fits(self) -> Iterable[Order]:
+        """Turn away who waits and does not fit beside nothing any more, since limits have changed."""
+        for model, entry in list(self._waiting.items()):
+            if not self._admission.fits((), entry.cost):
+                del self._waiting[model]
+                yield Order(model, AdmissionRefused(entry.ticket, self._never_fits(model, entry.cost)))
+
+    def _never_fits(self, model: str, cost: Cost) -> Failure:
+        return failures.never_fits(model_of(model), self._admission.figures({}, cost))
 
     def _refuse_beside_replicas(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
         """Turn away replicas that would wait for room that others of their model hold."""
@@ -188,13 +228,8 @@ class Residency:
         shown = {shown_name(name): cost for name, cost in others.items()}
         return self._admission.figures(shown, entry.cost)
 
-    def _refuse_beside_pinned(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
+    def _refuse_beside_pinned(self, pinned: Mapping[str, Cost]) -> Iterable[Order]:
         """Turn away who would wait for room that pinned models will never make."""
-        pinned = {
-            model: self._held[model].cost
-            for model, shown in looks.items()
-            if shown is not None and shown.terms.pinned and shown.phase in _STAYING
-        }
         for model, entry in list(self._waiting.items()):
             others = {name: cost for name, cost in pinned.items() if name != model}
             if not self._admission.fits(others.values(), entry.cost):
