@@ -108,6 +108,40 @@ def test_waking_waits_for_room_like_any_load(world: World) -> None:
     assert phase(world, "b") is Phase.UNLOADED
 
 
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_model_that_waits_to_wake_gives_its_process_up_to_who_waits_longer(explicit: bool) -> None:
+    """Else the one in front waits for the process to go, and the process for the one in front."""
+    world = World(("a", "b", "c"), 0, sizes=(2, 3, 5), budget=5)
+    asleep(world)
+    holder = world.acquire("b")
+    world.calm()
+    first = world.load("c")
+    world.calm()
+    second = world.load("a", Wish({"slot_count": 8})) if explicit else world.acquire("a")
+    world.calm()
+    assert phase(world) is Phase.ADMITTING
+    world.give_back("b", holder)
+    world.calm()
+    assert (world.answers[first], world.answers[second]) == ("loaded", "loaded" if explicit else "granted")
+    assert phase(world, "c") is Phase.UNLOADED, "it was loaded first, and then made room"
+    assert world.models["a"].state.options.slot_count == (8 if explicit else 4)
+
+
+def test_beside_a_pinned_model_that_waits_to_wake_nobody_waits_for_its_process() -> None:
+    world = World(("a", "b", "c"), 0, sizes=(2, 3, 5), budget=5)
+    asleep(world)
+    world.pin("a")
+    holder = world.acquire("b")
+    world.calm()
+    waking = world.load("a", Wish({"slot_count": 8}))
+    world.calm()
+    refused = world.load("c")
+    world.calm()
+    world.give_back("b", holder)
+    world.calm()
+    assert (world.answers[waking], world.answers[refused]) == ("loaded", Reason.INSUFFICIENT_MEMORY)
+
+
 def test_who_gives_up_waiting_leaves_the_model_asleep(world: World) -> None:
     asleep(world)
     world.acquire("b")

@@ -194,7 +194,9 @@ class Residency:
         return {
             model: self._held[model].cost
             for model, shown in looks.items()
-            if shown is not None and shown.terms.pinned and shown.phase in _STAYING
+            if shown is not None
+            and shown.terms.pinned
+            and (shown.phase in _STAYING or _waits_to_wake(self._held[model], shown))
         }
 
     def _refuse_what_never_fits(self) -> Iterable[Order]:
@@ -279,6 +281,11 @@ _STAYING: Final = frozenset({Phase.READY, Phase.SLEEPING})
 """A pinned model in one of these is there to stay."""
 
 
+def _waits_to_wake(holding: Holding, look: Look) -> bool:
+    """Whether a model sleeps and waits for room: what it holds is its process alone."""
+    return look.phase is Phase.ADMITTING and holding.ticket == look.stay
+
+
 def _standing(holding: Holding, look: Look) -> Standing:
     if holding.stage is Stage.RELEASING:
         return Standing.LEAVING
@@ -289,6 +296,8 @@ def _standing(holding: Holding, look: Look) -> Standing:
     match look.phase:
         case Phase.READY | Phase.SLEEPING if look.terms.pinned:
             return Standing.FIXED
+        case Phase.ADMITTING if _waits_to_wake(holding, look) and not look.terms.pinned:
+            return Standing.IDLE
         case Phase.SLEEPING:
             return Standing.IDLE
         case Phase.READY:

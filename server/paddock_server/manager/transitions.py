@@ -43,6 +43,7 @@ from paddock_server.manager.messages import (
     Leave,
     LoadAsked,
     LookAgain,
+    NextLoad,
     Resume,
     Resumed,
     SetTimer,
@@ -120,6 +121,13 @@ def _evict_asked(turn: Turn, event: EvictAsked) -> None:
     if state.terms.pinned:
         turn.do(EvictionRefused(event.ticket))
     elif state.phase is Phase.SLEEPING and event.ticket == state.stay:
+        turn.stop(Cause.EVICTION)
+    elif state.asleep and state.phase is Phase.ADMITTING and event.ticket == state.stay:
+        # Somebody who waits longer needs what its process takes. It queues again: each would else wait for
+        # the other.
+        if state.explicit:
+            again = NextLoad(state.options, state.explicit, state.load_timeout_seconds, state.wish)
+            turn.set(next_load=again)
         turn.stop(Cause.EVICTION)
     elif state.phase is not Phase.READY or event.ticket != state.stay:
         turn.do(EvictionRefused(event.ticket))
