@@ -450,6 +450,11 @@ def test_estimate_shows_parts_and_a_verdict(paddock: Paddock, server: FakeServer
     assert request.runtime_options.HasField("context_size_tokens")
 
 
+def test_an_estimate_of_several_replicas_says_so(paddock: Paddock) -> None:
+    result = paddock("estimate", "tiny", "--ctx-size", "9", "--replicas", "3")
+    assert "With 9 tokens of context for 4 sequences in each of 3 replicas." in result.stderr
+
+
 def test_an_estimate_that_is_rough_says_so(paddock: Paddock) -> None:
     assert "Only roughly." in paddock("estimate", "broken").stderr
 

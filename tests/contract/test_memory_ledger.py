@@ -103,6 +103,53 @@ async def test_an_estimate_judges_by_the_same_budget_as_a_load(models: Path) -> 
     ]
 
 
+async def test_an_estimate_is_of_all_replicas_together(models: Path) -> None:
+    one = await needed(models)
+    two = model_pb2.RuntimeOptions(replica_count=2)
+    async with serve(models, memory_budget=f"RAM={2 * one + MIB}") as api:
+        estimates = [
+            await api.estimate_memory(pb.EstimateMemoryRequest(model="a", runtime_options=options))
+            for options in (None, two, model_pb2.RuntimeOptions(replica_count=3))
+        ]
+        await load(api, "a", runtime_options=two)
+        beside = await api.estimate_memory(pb.EstimateMemoryRequest(model="b"))
+        own = await api.estimate_memory(pb.EstimateMemoryRequest(model="a", runtime_options=two))
+        charge = (await api.get(pb.GetRequest(model="a"))).model.memory.bytes["RAM"]
+    assert [found.devices[0].needed_bytes for found in estimates] == [one, 2 * one, 3 * one]
+    assert [sum(part.size_bytes for part in found.parts) for found in estimates] == [one, 2 * one, 3 * one]
+    assert [found.runtime_options.replica_count for found in estimates] == [1, 2, 3]
+    assert [found.verdict for found in estimates] == [
+        pb.MEMORY_VERDICT_FITS,
+        pb.MEMORY_VERDICT_FITS,
+        pb.MEMORY_VERDICT_NEVER_FITS,
+    ]
+    assert (beside.devices[0].held_bytes, own.devices[0].held_bytes) == (charge, 0)
+
+
+@pytest.mark.parametrize("slot_count", [None, 16])
+async def test_an_estimate_chooses_a_context_left_open_as_the_load_does(
+    models: Path, slot_count: int | None
+) -> None:
+    """With several replicas for the share of one; and sequences that are asked for are not given up."""
+    options = model_pb2.RuntimeOptions(context_size_tokens=0, replica_count=3, slot_count=slot_count)
+    asked = pb.EstimateMemoryRequest(model="a", runtime_options=options)
+    async with serve(models, parallel=64) as api:
+        whole = await api.estimate_memory(asked)
+    budget = whole.devices[0].needed_bytes - 3 * 256 * 1024
+    async with serve(models, parallel=64, memory_budget=f"RAM={budget}") as api:
+        estimate = await api.estimate_memory(asked)
+        model = await load(api, "a", runtime_options=options)
+    chosen, taken = estimate.runtime_options, model.runtime_options
+    if slot_count is None:
+        assert chosen.slot_count < whole.runtime_options.slot_count
+    else:
+        assert chosen.context_size_tokens < whole.runtime_options.context_size_tokens
+        assert chosen.slot_count == slot_count
+    assert estimate.devices[0].needed_bytes <= budget
+    assert (taken.context_size_tokens, taken.slot_count) == (chosen.context_size_tokens, chosen.slot_count)
+    assert len(model.workers) == 3
+
+
 async def test_a_model_that_does_not_fit_beside_idle_ones_has_them_evicted(models: Path) -> None:
     budget = await needed(models) + MIB
     async with serve(models, memory_budget=f"RAM={budget}") as api:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paddock_server.catalog import Catalog
+from paddock_server.catalog import Catalog, ModelSetup
 from paddock_server.config import ConfigError, ServerConfig
 from paddock_server.manager import ManagerConfig, MemoryPredictor
-from paddock_server.manager.options import default_options
+from paddock_server.manager.options import NO_WISH, Wish, default_options
+from paddock_server.manager.prediction import are_slots_set
 from paddock_server.memory import RAM, Placement
 from tests.models import make_noise
 
@@ -58,6 +59,21 @@ def test_a_context_left_open_leaves_room_for_the_other_replicas(entry: CatalogEn
     three = predictor(budget).predict(entry, replace(options, replica_count=3))
     assert 0 < three.options.context_size_tokens < alone.options.context_size_tokens
     assert 3 * three.device_bytes[RAM] <= budget
+
+
+def test_sequences_are_given_up_for_a_context_unless_somebody_has_set_them(entry: CatalogEntry) -> None:
+    options = replace(default_options(ManagerConfig(), entry.facts), context_size_tokens=0, slot_count=256)
+    kept = predictor(1).predict(entry, options, keeps_slots=True)
+    given_up = predictor(kept.device_bytes[RAM] - 1).predict(entry, options)
+    assert given_up.options.slot_count < kept.options.slot_count == 256
+    assert given_up.device_bytes[RAM] < kept.device_bytes[RAM]
+
+
+def test_sequences_count_as_set_by_a_call_or_by_the_configuration_of_the_model(entry: CatalogEntry) -> None:
+    configured = replace(entry, setup=ModelSetup(options={"slot_count": 2}))
+    assert not are_slots_set(entry, Wish({"context_size_tokens": 5}))
+    assert are_slots_set(entry, Wish({"slot_count": 4}))
+    assert are_slots_set(configured, NO_WISH)
 
 
 def test_what_was_measured_takes_the_place_of_the_prediction_for_the_same_load(entry: CatalogEntry) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from paddock_server.manager.admission import Admission, MemoryAdmission
 from paddock_server.manager.config import ManagerConfig, Settings
 from paddock_server.manager.lease import Lease
-from paddock_server.manager.manager import ModelManager
+from paddock_server.manager.manager import ModelManager, WouldLoad
 from paddock_server.manager.prediction import MemoryPredictor
 from paddock_server.manager.run import LiveWorker, WorkerLauncher
 from paddock_server.manager.snapshot import Listing
@@ -35,4 +35,5 @@ __all__ = [
     "ModelManager",
     "Settings",
     "WorkerLauncher",
+    "WouldLoad",
 ]

@@ -32,6 +32,7 @@ from paddock_server.manager.loop import (
     Stayed,
 )
 from paddock_server.manager.options import Options, load_frame
+from paddock_server.manager.prediction import are_slots_set
 from paddock_server.manager.progress import ShownLoad, Subscription
 from paddock_server.manager.residency import Look
 from paddock_server.manager.run import Progressed, RunPlan, Spawned, WorkerRun
@@ -366,7 +367,9 @@ class Actor:
         view.begin(pb.STAGE_RESOLVE, self.entry.relative_path)
         view.end_stage(cached=True)
         view.begin(pb.STAGE_ADMIT, "Making sure that it fits into memory.")
-        work = asyncio.to_thread(self._tools.predictor.predict, self.entry, effect.options)
+        keeps_slots = are_slots_set(self.entry, self.state.wish)
+        predict = self._tools.predictor.predict
+        work = asyncio.to_thread(predict, self.entry, effect.options, keeps_slots=keeps_slots)
         task = self._predicting = asyncio.create_task(work, name=f"predict-{self.state.load_id}")
         task.add_done_callback(lambda done: self._on_predicted(effect.ticket, done))
 

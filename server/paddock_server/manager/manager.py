@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
@@ -21,7 +21,7 @@ from paddock_server.manager.loop import Limited, ManagerLoop, ReplicaLoop
 from paddock_server.manager.messages import Conflict, LoadAsked
 from paddock_server.manager.options import default_options, wish_of
 from paddock_server.manager.pending import PendingLoads
-from paddock_server.manager.prediction import NoPrediction
+from paddock_server.manager.prediction import NoPrediction, are_slots_set
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.registry import Registry, RegistryTools, file_of
 from paddock_server.manager.replica_set import ReplicaSet, SetTools
@@ -61,6 +61,15 @@ _CONFLICTS: Final = {
     pb.LOAD_CONFLICT_POLICY_KEEP: Conflict.KEEP,
     pb.LOAD_CONFLICT_POLICY_RELOAD: Conflict.RELOAD,
 }
+
+
+class WouldLoad(NamedTuple):
+    """What a load would come to."""
+
+    entry: CatalogEntry
+    options: Options
+    keeps_slots: bool
+    """Whether its sequences have been set, so that none is given up for a longer context."""
 
 
 class ModelManager:
@@ -232,8 +241,8 @@ class ModelManager:
     async def _load_by_id(self, model: str, asked: LoadAsked) -> None:
         (await self._registry.find_to_load(model)).load(asked)
 
-    async def would_load(self, request: pb.LoadRequest) -> tuple[CatalogEntry, Options]:
-        """Return what a load would read, and the options it would have; nothing is started.
+    async def would_load(self, request: pb.LoadRequest) -> WouldLoad:
+        """Return what a load would read, and how; nothing is started.
 
         Raises:
             PaddockError: there is no such model, an option is wrong, or the file cannot be loaded.
@@ -243,7 +252,8 @@ class ModelManager:
         problem = entry_problem(entry)
         if problem is not None:
             raise problem.error()
-        return entry, wish.filled(default_options(self.config, entry.facts, entry.setup))
+        options = wish.filled(default_options(self.config, entry.facts, entry.setup))
+        return WouldLoad(entry, options, are_slots_set(entry, wish))
 
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
         """Unload a model; returns when its worker is gone.

@@ -12,6 +12,7 @@ from paddock_server.memory import RAM, LoadOptions, Placement, Shape, chosen, es
 
 if TYPE_CHECKING:
     from paddock_server.catalog import CatalogEntry
+    from paddock_server.manager.options import Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class Prediction:
 class Predictor(Protocol):
     """Says what loads take. Slow: called in threads."""
 
-    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
-        """Return what a load takes."""
+    def predict(self, entry: CatalogEntry, options: Options, *, keeps_slots: bool = False) -> Prediction:
+        """Return what a load of one replica takes; with `keeps_slots` none of its sequences is given up."""
         ...
 
     def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
@@ -38,9 +39,9 @@ class Predictor(Protocol):
 class NoPrediction:
     """Predicts nothing: models are limited by their number alone."""
 
-    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
+    def predict(self, entry: CatalogEntry, options: Options, *, keeps_slots: bool = False) -> Prediction:
         """Return an empty prediction."""
-        del entry
+        del entry, keeps_slots
         return Prediction({}, options)
 
     def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
@@ -57,16 +58,13 @@ class MemoryPredictor:
         self._budget = budget
         self._measured: dict[tuple[object, ...], int] = {}
 
-    def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
-        """Return what a load takes."""
+    def predict(self, entry: CatalogEntry, options: Options, *, keeps_slots: bool = False) -> Prediction:
+        """Return what a load of one replica takes."""
         if entry.facts is None:  # Its problem has been told before.
             return Prediction({}, options)
         shape = shape_of(entry)
-        # Replicas of a model are all of one size: what is left to the server is chosen for one's share.
-        share = {device: size // options.replica_count for device, size in self._budget.items()}
-        taken = chosen(shape, load_options(options), self._placement, share)
-        sized = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
-        sizes = estimate(shape, taken, self._placement).totals
+        sized = sized_options(shape, options, self._placement, self._budget, keeps_slots=keeps_slots)
+        sizes = estimate(shape, load_options(sized), self._placement).totals
         known = self._measured.get(_key(entry, sized))
         return Prediction(sizes if known is None else {**sizes, RAM: known}, sized)
 
@@ -74,6 +72,24 @@ class MemoryPredictor:
         """Take note of the main memory that a load took; the most there was counts."""
         key = _key(entry, options)
         self._measured[key] = max(resident_bytes, self._measured.get(key, 0))
+
+
+def sized_options(
+    shape: Shape, options: Options, placement: Placement, budget: Mapping[str, int], *, keeps_slots: bool
+) -> Options:
+    """Return the options that each replica of a model is loaded with: what is left to the server is chosen.
+
+    All replicas are of one size, so that it is chosen for one's share of the budget. `budget` is in bytes by
+    device; with `keeps_slots` no sequences are given up for a longer context.
+    """
+    share = {device: size // options.replica_count for device, size in budget.items()}
+    taken = chosen(shape, load_options(options), placement, share, keeps_slots=keeps_slots)
+    return replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
+
+
+def are_slots_set(entry: CatalogEntry, wish: Wish) -> bool:
+    """Return whether somebody has said how many sequences a model decodes at once: then that counts."""
+    return "slot_count" in wish.values or "slot_count" in entry.setup.options
 
 
 def load_options(options: Options) -> LoadOptions:

@@ -97,10 +97,10 @@ class Residency:
         return self._held
 
     def held_bytes(self, *, without: str = "") -> Mapping[str, int]:
-        """Return what models hold, by device; of all but the one that is named."""
+        """Return what models hold, by device; of all but the one that is named, with all its replicas."""
         total: Counter[str] = Counter()
-        for model, holding in self._held.items():
-            if model != without:
+        for replica, holding in self._held.items():
+            if model_of(replica) != without:
                 total.update(device_bytes(holding.cost))
         return total
 

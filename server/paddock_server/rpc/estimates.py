@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from paddock.errors import InvalidFieldError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.manager.options import FIELD
-from paddock_server.manager.prediction import load_options, shape_of
+from paddock_server.manager.prediction import load_options, shape_of, sized_options
 from paddock_server.memory import (
     CACHE_TYPES,
     LoadOptions,
@@ -17,7 +16,6 @@ from paddock_server.memory import (
     PartKind,
     Shape,
     Verdict,
-    chosen,
     estimate,
     verdict,
 )
@@ -25,9 +23,7 @@ from paddock_server.memory import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from paddock_server.catalog import CatalogEntry
-    from paddock_server.manager import ModelManager
-    from paddock_server.manager.options import Options
+    from paddock_server.manager import ModelManager, WouldLoad
     from paddock_server.memory import MachineWatch
 
 PART_KINDS: Final[Mapping[PartKind, pb.MemoryPartKind.ValueType]] = {
@@ -61,32 +57,25 @@ async def estimate_memory(
         source=request.source if request.HasField("source") else None,
         runtime_options=request.runtime_options,
     )
-    entry, options = await manager.would_load(load)
+    would = await manager.would_load(load)
     machine = await watch.look()
-    budget, held = _budget(machine, manager), manager.memory_held(without=entry.id)
-    keeps_slots = request.runtime_options.HasField("slot_count") or "slot_count" in entry.setup.options
-    return await asyncio.to_thread(_response, entry, options, machine, budget, held, keeps_slots=keeps_slots)
+    budget, held = _budget(machine, manager), manager.memory_held(without=would.entry.id)
+    return await asyncio.to_thread(_response, would, machine, budget, held)
 
 
 def _response(
-    entry: CatalogEntry,
-    options: Options,
-    machine: Machine,
-    budget: Mapping[str, int],
-    held: Mapping[str, int],
-    *,
-    keeps_slots: bool,
+    would: WouldLoad, machine: Machine, budget: Mapping[str, int], held: Mapping[str, int]
 ) -> pb.EstimateMemoryResponse:
-    shape, placement = shape_of(entry), machine.placement
-    asked = load_options(options)
-    check_cache_types(shape, asked)
-    taken = chosen(shape, asked, placement, budget, keeps_slots=keeps_slots)
-    found = estimate(shape, taken, placement)
-    needed = found.totals
-    with_choice = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
+    """Say what all replicas take together: their number is an option of the load like any other."""
+    shape, placement = shape_of(would.entry), machine.placement
+    check_cache_types(shape, load_options(would.options))
+    options = sized_options(shape, would.options, placement, budget, keeps_slots=would.keeps_slots)
+    found = estimate(shape, load_options(options), placement)
+    count = options.replica_count
+    needed = {device: size * count for device, size in found.totals.items()}
     return pb.EstimateMemoryResponse(
         parts=[
-            pb.MemoryPart(device=part.device, kind=PART_KINDS[part.kind], size_bytes=part.size_bytes)
+            pb.MemoryPart(device=part.device, kind=PART_KINDS[part.kind], size_bytes=part.size_bytes * count)
             for part in found.parts
         ],
         devices=[
@@ -99,7 +88,7 @@ def _response(
             for device in machine.devices
         ],
         verdict=VERDICTS[verdict(needed, budget, held)],
-        runtime_options=with_choice.to_proto(),
+        runtime_options=options.to_proto(),
         roughness=found.rough,
     )
 

@@ -957,7 +957,7 @@ type RuntimeOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Tokens the KV cache holds, shared by all sequences of the model. One
 	// sequence may use all of them, up to the trained context. Zero takes the
-	// trained context.
+	// trained context, or as much of it as fits into memory.
 	ContextSizeTokens *int32 `protobuf:"varint,1,opt,name=context_size_tokens,json=contextSizeTokens,proto3,oneof" json:"context_size_tokens,omitempty"`
 	// Layers offloaded to the accelerator; -1 offloads all.
 	GpuLayerCount *int32 `protobuf:"varint,2,opt,name=gpu_layer_count,json=gpuLayerCount,proto3,oneof" json:"gpu_layer_count,omitempty"`

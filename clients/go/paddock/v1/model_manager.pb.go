@@ -4110,18 +4110,20 @@ func (x *EstimateMemoryRequest) GetRuntimeOptions() *RuntimeOptions {
 	return nil
 }
 
-// Response of `EstimateMemory`.
+// Response of `EstimateMemory`. It is about the model with all its replicas,
+// `runtime_options.replica_count` of them: each takes an equal part of what is
+// said here.
 type EstimateMemoryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What the memory is for, by device.
+	// What the memory is for, by device; of all replicas together.
 	Parts []*MemoryPart `protobuf:"bytes,1,rep,name=parts,proto3" json:"parts,omitempty"`
 	// Every device: what the model needs of it and what there is.
 	Devices []*DeviceMemory `protobuf:"bytes,2,rep,name=devices,proto3" json:"devices,omitempty"`
-	// Whether it fits.
+	// Whether all replicas fit beside each other.
 	Verdict MemoryVerdict `protobuf:"varint,3,opt,name=verdict,proto3,enum=paddock.v1.MemoryVerdict" json:"verdict,omitempty"`
-	// Options the estimate is for. A context size of zero that was asked for is
-	// replaced by the largest that fits; so are the slots that then have no
-	// room, unless they were asked for.
+	// Options the estimate is for, those a load would have. A context size of
+	// zero is replaced by the largest with which all replicas fit; so are the
+	// slots that then have no room, unless somebody has set them.
 	RuntimeOptions *RuntimeOptions `protobuf:"bytes,4,opt,name=runtime_options,json=runtimeOptions,proto3" json:"runtime_options,omitempty"`
 	// Sentence that says why the estimate may be far off. Empty when it is not.
 	Roughness     string `protobuf:"bytes,5,opt,name=roughness,proto3" json:"roughness,omitempty"`
@@ -4263,7 +4265,7 @@ type DeviceMemory struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the device, `RAM` or for example `CUDA0`.
 	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
-	// What the model needs.
+	// What the model needs, all its replicas together.
 	NeededBytes int64 `protobuf:"varint,2,opt,name=needed_bytes,json=neededBytes,proto3" json:"needed_bytes,omitempty"`
 	// What all models together may have.
 	BudgetBytes int64 `protobuf:"varint,3,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`

@@ -47,6 +47,9 @@ def estimate(
     ] = None,
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=16, help="Worker processes that serve it.")
+    ] = None,
 ) -> None:
     """Say what a model would take in memory, without loading it, whether it fits, and who holds what."""
     options = RuntimeOptions(
@@ -56,6 +59,7 @@ def estimate(
         batch_size_tokens=batch_size,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
+        replica_count=replicas,
     )
 
     async def work(client: Client) -> tuple[MemoryEstimate, Sequence[Model]]:
@@ -70,9 +74,11 @@ def estimate(
     rows = _rows(found, others)
     console.print(output.table(("DEVICE", "FOR", "MEMORY"), rows, width=console.width))
     chosen = found.options
+    count = chosen.replica_count or 1
     note(
         f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
-        f"for {chosen.slot_count} sequences. {_VERDICTS[found.verdict]}"
+        f"for {chosen.slot_count} sequences{f' in each of {count} replicas' if count > 1 else ''}. "
+        f"{_VERDICTS[found.verdict]}"
     )
     if found.roughness:
         note(found.roughness)

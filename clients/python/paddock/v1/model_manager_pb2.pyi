@@ -2043,7 +2043,10 @@ Global___EstimateMemoryRequest: _TypeAlias = EstimateMemoryRequest  # noqa: Y015
 
 @_typing.final
 class EstimateMemoryResponse(_message.Message):
-    """Response of `EstimateMemory`."""
+    """Response of `EstimateMemory`. It is about the model with all its replicas,
+    `runtime_options.replica_count` of them: each takes an equal part of what is
+    said here.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2053,12 +2056,12 @@ class EstimateMemoryResponse(_message.Message):
     RUNTIME_OPTIONS_FIELD_NUMBER: _builtins.int
     ROUGHNESS_FIELD_NUMBER: _builtins.int
     verdict: Global___MemoryVerdict.ValueType
-    """Whether it fits."""
+    """Whether all replicas fit beside each other."""
     roughness: _builtins.str
     """Sentence that says why the estimate may be far off. Empty when it is not."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryPart]:
-        """What the memory is for, by device."""
+        """What the memory is for, by device; of all replicas together."""
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceMemory]:
@@ -2066,9 +2069,9 @@ class EstimateMemoryResponse(_message.Message):
 
     @_builtins.property
     def runtime_options(self) -> _model_pb2.RuntimeOptions:
-        """Options the estimate is for. A context size of zero that was asked for is
-        replaced by the largest that fits; so are the slots that then have no
-        room, unless they were asked for.
+        """Options the estimate is for, those a load would have. A context size of
+        zero is replaced by the largest with which all replicas fit; so are the
+        slots that then have no room, unless somebody has set them.
         """
 
     def __init__(
@@ -2131,7 +2134,7 @@ class DeviceMemory(_message.Message):
     device: _builtins.str
     """Name of the device, `RAM` or for example `CUDA0`."""
     needed_bytes: _builtins.int
-    """What the model needs."""
+    """What the model needs, all its replicas together."""
     budget_bytes: _builtins.int
     """What all models together may have."""
     held_bytes: _builtins.int

@@ -560,7 +560,7 @@ class RuntimeOptions(_message.Message):
     context_size_tokens: _builtins.int
     """Tokens the KV cache holds, shared by all sequences of the model. One
     sequence may use all of them, up to the trained context. Zero takes the
-    trained context.
+    trained context, or as much of it as fits into memory.
     """
     gpu_layer_count: _builtins.int
     """Layers offloaded to the accelerator; -1 offloads all."""
