@@ -31,6 +31,7 @@ from tests.servers import wait_until
 
 if TYPE_CHECKING:
     from paddock_server.downloads.messages import Message
+    from tests.fakes.behaviour import Behaviour
 
 REPO = "org/noise-GGUF"
 FILE = "noise-Q4_K_M.gguf"
@@ -83,12 +84,20 @@ def world(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @asynccontextmanager
-async def server(tmp_path: Path, config_file: Path | None = None, **settings: Any) -> AsyncGenerator[GrpcApi]:
+async def server(
+    tmp_path: Path,
+    config_file: Path | None = None,
+    behaviour: Behaviour | None = None,
+    **settings: Any,
+) -> AsyncGenerator[GrpcApi]:
     empty = tmp_path / "empty"
     empty.mkdir(exist_ok=True)
     values = {"models_dir": (empty,), "grpc_port": 0, "state_dir": tmp_path / "state", "drain_seconds": 5}
     config = ServerConfig.load(values | settings, config_file)
-    async with serving(config, launcher=fake_launcher()) as running, connect(running.grpc_address) as channel:
+    async with (
+        serving(config, launcher=fake_launcher(behaviour)) as running,
+        connect(running.grpc_address) as channel,
+    ):
         yield GrpcApi(channel)
 
 

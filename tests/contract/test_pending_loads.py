@@ -30,6 +30,7 @@ from tests.contract.test_downloads import (
     until,
     world,
 )
+from tests.fakes.behaviour import Behaviour
 from tests.servers import wait_until
 
 if TYPE_CHECKING:
@@ -287,3 +288,33 @@ async def test_what_an_actor_shows_in_a_watch_has_its_download(
 
     assert pinned.pinned
     assert pinned.download.total_bytes > 0
+
+
+BAD_FILE = Behaviour(fail_load_reason=Reason.UNSUPPORTED_MODEL)
+
+
+@pytest.mark.parametrize("name", ["helper", NAME])
+async def test_a_load_that_downloads_and_then_fails_for_good_is_not_tried_again_at_the_next_start(
+    world: Path, tmp_path: Path, hub: FakeHub, name: str
+) -> None:
+    async with configured(tmp_path, behaviour=BAD_FILE) as api:
+        error = await refused(load(api, name))
+    async with configured(tmp_path) as api:
+        shown = (await listed(api))[ID if name == NAME else name]
+
+    assert error.reason == Reason.UNSUPPORTED_MODEL
+    assert (shown.state, shown.artifact_state) == (model_pb2.MODEL_STATE_UNLOADED, DOWNLOADED)
+
+
+async def test_a_load_that_downloads_and_fails_when_its_caller_has_gone_is_tried_again(
+    world: Path, tmp_path: Path, hub: FakeHub, content: bytes
+) -> None:
+    gate = Gate(hub, len(content) // 2)
+    async with configured(tmp_path, behaviour=BAD_FILE) as api:
+        waiting = await begun(api, gate, NAME)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        gate.opened.set()
+        await until(api, ID, lambda model: model.state == model_pb2.MODEL_STATE_FAILED)
+    async with configured(tmp_path) as api:
+        await until(api, ID, lambda model: model.state == LOADED)

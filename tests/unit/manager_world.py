@@ -117,6 +117,7 @@ class World:
         self.pending: set[int] = set()
         self.answers: dict[int, str] = {}
         self.granted: list[int] = []
+        self.expected: dict[str, Wish] = {}
         self.remembered: dict[str, Wish | None] = {}
         self._callers = 0
         self._serial = 0
@@ -478,6 +479,8 @@ class World:
                 self._turn_away(name)
             case m.Closed():
                 model.closed = True
+            case m.Expect():
+                self.expected[name] = effect.wish
             case m.Remember():
                 self.remembered[name] = effect.wish
             case m.WarnLoad():

@@ -6,17 +6,19 @@ import asyncio
 import json
 import os
 import threading
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from paddock.errors import InvalidFieldError, PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server import state_files
 from paddock_server.catalog import ModelSetup, RequestDefaults
-from paddock_server.manager.desired import State, StateFileError, read_state
+from paddock_server.manager.desired import DesiredLoads, State, StateFileError, read_state
 from paddock_server.manager.options import Wish
 from paddock_server.state_files import write_atomically
 from tests.unit.manager_fakes import Server, entry, loads, until
@@ -321,3 +323,142 @@ async def test_a_pin_is_remembered_and_taken_off_for_good(state_file: Path) -> N
     async with Server("a", "b", state_file=state_file) as server:
         pinned = {model.id: model.pinned for model in server.manager.snapshots()[0]}
     assert pinned == {"a": True, "b": False}
+
+
+CORRUPT = make_error(Reason.MODEL_CORRUPT, "tensor 'x' is cut off")
+BAD_OPTION = InvalidFieldError.of("runtime_options.cache_type_k", "does not suit this model")
+STALLED = make_error(Reason.LOAD_STALLED, "it makes no progress")
+TWO = model_pb2.RuntimeOptions(slot_count=2)
+EIGHT = model_pb2.RuntimeOptions(slot_count=8)
+
+
+async def failing(server: Server, error: PaddockError, number: int = 0, **request: Any) -> None:
+    """Call Load of a, and have the worker fail; the caller is told."""
+    server.launcher.slow.add("a")
+    call = asyncio.ensure_future(loads(server.manager, "a", **request))
+    (await server.launcher.worker(number)).fail(error)
+    with pytest.raises(PaddockError) as caught:
+        await call
+    assert caught.value.reason == error.reason
+
+
+async def test_a_load_that_the_end_of_the_server_cuts_comes_back(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        server.launcher.slow.add("a")
+        call = asyncio.ensure_future(loads(server.manager, "a", runtime_options=TWO))
+        await server.launcher.worker()
+        await until(state_file.exists)
+        assert read_state(state_file).loads.keys() == {"a"}, "it is on disk before it has come up"
+    with pytest.raises(PaddockError):
+        await call
+    async with Server("a", state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a"])
+        assert (await server.manager.snapshot("a")).runtime_options.slot_count == 2
+
+
+@pytest.mark.parametrize("error", [CORRUPT, BAD_OPTION, make_error(Reason.INSUFFICIENT_MEMORY, "no")])
+async def test_a_load_is_forgotten_when_it_has_failed_and_its_caller_knows(
+    state_file: Path, error: PaddockError
+) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await failing(server, error, runtime_options=TWO)
+        assert read_state(state_file) == State(), "before the answer"
+
+
+async def test_a_load_that_may_work_another_time_is_tried_again_after_a_restart(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await failing(server, STALLED, runtime_options=TWO)
+    async with Server("a", state_file=state_file) as server:
+        await until(lambda: loaded(server) == ["a"])
+
+
+async def test_a_load_that_fails_leaves_what_was_remembered_before_it(state_file: Path) -> None:
+    reload = pb.LOAD_CONFLICT_POLICY_RELOAD
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=TWO)
+        server.launcher.slow.add("a")
+        calls = [
+            asyncio.ensure_future(loads(server.manager, "a", runtime_options=EIGHT, conflict_policy=reload))
+            for _ in range(2)
+        ]
+        worker = await server.launcher.worker(1)
+        assert read_state(state_file).loads == {"a": Wish({"slot_count": 8})}, "it is on its way"
+        worker.fail(BAD_OPTION)
+        await asyncio.wait(calls)
+        assert all(isinstance(call.exception(), InvalidFieldError) for call in calls)
+        assert read_state(state_file).loads == {"a": Wish({"slot_count": 2})}
+
+
+async def test_a_remembered_load_is_forgotten_when_the_same_fails_for_good(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=TWO)
+        await server.manager.sleep(pb.SleepRequest(model="a"))
+        server.launcher.workers[0].die()
+        await failing(server, make_error(Reason.INSUFFICIENT_MEMORY, "no"), 1, runtime_options=TWO)
+        assert read_state(state_file).loads.keys() == {"a"}, "it came up once, and may again"
+        await failing(server, CORRUPT, 2, runtime_options=TWO)
+        assert read_state(state_file).loads == {}
+        server.launcher.slow.clear()
+        server.catalog.touch("a")
+        await loads(server.manager, "a", runtime_options=TWO)
+        assert read_state(state_file).loads.keys() == {"a"}
+
+
+async def test_a_load_that_fails_when_its_caller_has_gone_is_kept(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        server.launcher.slow.add("a")
+        async with aclosing(server.manager.subscribe_load(pb.LoadRequest(model="a"))) as events:
+            await anext(events)
+            worker = await server.launcher.worker()
+        worker.fail(CORRUPT)
+        await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_FAILED)
+    assert read_state(state_file).loads.keys() == {"a"}
+
+
+async def test_a_load_that_fails_when_it_is_brought_back_stays_remembered(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a")
+    async with Server("a", state_file=state_file) as server:
+        server.launcher.slow.add("a")
+        (await server.launcher.worker()).fail(CORRUPT)
+        await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_FAILED)
+    assert read_state(state_file).loads.keys() == {"a"}, "nobody has been told"
+
+
+async def test_a_load_that_is_refused_changes_nothing_that_is_remembered(state_file: Path) -> None:
+    async with Server("a", state_file=state_file) as server:
+        await loads(server.manager, "a", runtime_options=TWO)
+        with pytest.raises(PaddockError) as caught:
+            await loads(server.manager, "a", runtime_options=EIGHT)
+    assert caught.value.reason == Reason.OPTIONS_CONFLICT
+    assert read_state(state_file).loads == {"a": Wish({"slot_count": 2})}
+
+
+async def test_replicas_that_fail_beside_one_that_is_loaded_leave_the_load_remembered(
+    state_file: Path,
+) -> None:
+    async with Server("a", state_file=state_file) as server:
+        server.launcher.slow.add("a")
+        options = model_pb2.RuntimeOptions(replica_count=2)
+        call = asyncio.ensure_future(loads(server.manager, "a", runtime_options=options))
+        first, second = await server.launcher.worker(0), await server.launcher.worker(1)
+        first.become_ready()
+        second.fail(CORRUPT)
+        with pytest.raises(PaddockError):
+            await call
+    assert read_state(state_file).loads == {"a": Wish({}, {"replica_count": 2})}
+
+
+def test_what_is_kept_before_a_load_goes_along_when_the_model_gets_another_id() -> None:
+    two, eight = Wish({"slot_count": 2}), Wish({"slot_count": 8})
+    desired = DesiredLoads(None)
+    desired.put("a", two)
+    desired.expect("a", eight)
+    desired.expect("x", eight)
+    desired.put("b", two)
+    desired.follow(["new", "b"], {"a": "new", "x": "b"}, lambda _: "")
+    assert desired.loads == {"new": eight, "b": two}
+    desired.failed("new", eight, for_good=True)
+    desired.expect("b", eight)
+    desired.failed("b", eight, for_good=True)
+    assert desired.loads == {"new": two, "b": two}

@@ -345,6 +345,8 @@ class Actor:
                 if self.state.phase is Phase.READY:
                     self._commit(m.Commit(self.state.stay))
                 tools.loop.tell(Looked())
+            case m.Expect():
+                self._home.expect(effect.wish)
             case m.Remember():
                 self._home.remember(effect.wish)
             case m.Vanish():

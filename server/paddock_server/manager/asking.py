@@ -13,6 +13,7 @@ from paddock_server.manager.messages import (
     AnswerUnload,
     ClearTimers,
     Conflict,
+    Expect,
     Grant,
     JoinLoad,
     NextLoad,
@@ -54,15 +55,23 @@ def load_asked(turn: Turn, event: LoadAsked) -> None:
     elif state.phase in COMING_UP:
         if _joins(turn, event, state.options):
             turn.set(explicit=state.explicit or event.explicit, wish=_kept(state.wish, event))
+            if event.explicit:
+                turn.do(Expect(turn.state.wish))
     elif state.phase is Phase.READY:
         _load_of_ready(turn, event)
     elif state.next_load is None:
-        turn.set(next_load=_wanted(turn, event))
         turn.do(JoinLoad(event.caller))
-    else:
-        if _joins(turn, event, state.next_load.options):
-            wish = _kept(state.next_load.wish, event)
-            turn.set(next_load=replace(state.next_load, wish=wish))
+        _load_next(turn, _wanted(turn, event))
+    elif _joins(turn, event, state.next_load.options):
+        wish = _kept(state.next_load.wish, event)
+        _load_next(turn, replace(state.next_load, wish=wish))
+
+
+def _load_next(turn: Turn, load: NextLoad) -> None:
+    """Begin a load once the worker is gone that is on its way out."""
+    turn.set(next_load=load)
+    if load.explicit:
+        turn.do(Expect(load.wish))
 
 
 def _kept(wish: Wish, event: LoadAsked) -> Wish:
@@ -92,7 +101,7 @@ def _load_of_ready(turn: Turn, event: LoadAsked) -> None:
     fields = event.wish.conflicts(state.options, state.effective)
     if fields and event.conflict is Conflict.RELOAD:
         turn.do(JoinLoad(event.caller))
-        turn.set(next_load=_wanted(turn, event))
+        _load_next(turn, _wanted(turn, event))
         turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
     elif fields and event.conflict is Conflict.FAIL:
         turn.do(RefuseLoad(event.caller, failures.options_conflict(state.model, fields)))
@@ -158,9 +167,9 @@ def defaults_set(turn: Turn, event: DefaultsSet) -> None:
 
 
 def remember_load(turn: Turn) -> None:
-    """Keep an operator's load over a restart of the server, once it has come to something."""
+    """Keep an operator's load over a restart of the server: it has come to something."""
     state = turn.state
-    if state.explicit and state.remembered != state.wish:
+    if state.explicit:
         turn.set(remembered=state.wish)
         turn.do(Remember(state.wish))
 

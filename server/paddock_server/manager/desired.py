@@ -1,5 +1,5 @@
-"""What the operator has loaded, kept in a small JSON file so that it comes back after a restart of the
-server.
+"""What the operator has loaded or is loading, kept in a small JSON file so that it comes back after a restart
+of the server.
 
     {"version": 1, "loads": [{"model": "...", "options": {"slot_count": 4, "idle_timeout_seconds": 0.0}}],
     "pins": {"...": true}, "files": {"...": "/models/a.gguf"}}
@@ -65,6 +65,9 @@ class DesiredLoads:
         self._loads: dict[str, Wish] = {}
         self._pins: dict[str, bool] = {}
         self._files: dict[str, str] = {}
+        self._before: dict[str, Wish | None] = {}
+        """What was kept of models before the loads that are on their way."""
+
         self._file = StateFile(path, lambda: _document(self._loads, self._pins, self._files))
 
     @property
@@ -91,14 +94,36 @@ class DesiredLoads:
             await asyncio.to_thread(os.replace, self._path, aside)
             log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
 
+    def expect(self, model: str, wish: Wish, file: str = "") -> None:
+        """Keep a load that is on its way as the latest. `put` follows when it has come up, `failed` when it
+        has not; if neither does, because the server ends, it comes back like one that has."""
+        known = self._loads.get(model)
+        if known != wish:
+            self._before.setdefault(model, known)
+            self._set(model, wish, file)
+
     def put(self, model: str, wish: Wish | None, file: str = "") -> None:
         """Keep a load as the latest, or forget it. `file` is what is loaded, as far as it is known."""
-        known = self._loads.pop(model, None)
+        self._before.pop(model, None)
+        if self._loads.get(model) != wish:
+            self._set(model, wish, file)
+
+    def failed(self, model: str, wish: Wish, *, for_good: bool) -> None:
+        """Forget a load that has not come up; what was kept before it counts again.
+
+        One that came up earlier, with the same options, stays as long as it may again: unless it has failed
+        `for_good`.
+        """
+        if model in self._before:
+            self._set(model, self._before.pop(model))
+        elif for_good and self._loads.get(model) == wish:
+            self._set(model, None)
+
+    def _set(self, model: str, wish: Wish | None, file: str = "") -> None:
+        self._loads.pop(model, None)
         if wish is not None:
             self._loads[model] = wish
-            self._note_file(model, file)
-        elif known is None:
-            return
+        self._note_file(model, file)
         self._file.changed()
 
     def pin(self, model: str, pinned: bool, file: str) -> None:
@@ -126,9 +151,10 @@ class DesiredLoads:
         moved |= {name: names[name] for name in lost if name in names}
         if moved:
             log.info("remembered_models_renamed", models=moved)
-            self._loads = _renamed(self._loads, moved)
-            self._pins = _renamed(self._pins, moved)
-            self._files = _renamed(self._files, moved)
+            self._before = _renamed(self._before, moved, self._loads)
+            self._loads = _renamed(self._loads, moved, self._loads)
+            self._pins = _renamed(self._pins, moved, self._pins)
+            self._files = _renamed(self._files, moved, self._files)
             self._file.changed()
 
     def _note_file(self, model: str, file: str) -> None:
@@ -151,12 +177,14 @@ class DesiredLoads:
         self._file.close()
 
 
-def _renamed(kept: Mapping[str, ValueT], moved: Mapping[str, str]) -> dict[str, ValueT]:
-    """Return the same under new names, in the same order."""
+def _renamed(
+    kept: Mapping[str, ValueT], moved: Mapping[str, str], known: Collection[str]
+) -> dict[str, ValueT]:
+    """Return the same under new names, in the same order; without what would take the name of a known one."""
     return {
         moved.get(name, name): value
         for name, value in kept.items()
-        if name not in moved or moved[name] not in kept
+        if name not in moved or moved[name] not in known
     }
 
 

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 PERMANENT_REASONS: Final = frozenset({Reason.MODEL_CORRUPT, Reason.UNSUPPORTED_MODEL, Reason.INVALID_FIELD})
 """Failures that the file or the options of the load are to blame for: requests do not try those again."""
 
+TRANSIENT_REASONS: Final = frozenset(
+    {
+        Reason.SHUTTING_DOWN,
+        Reason.WORKER_CRASHED,
+        Reason.LOAD_STALLED,
+        Reason.HUB_UNREACHABLE,
+        Reason.INTERNAL,
+    }
+)
+"""Failures that say nothing against the load: nobody has to change anything for it to work another time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -38,6 +49,11 @@ class Failure:
     def is_permanent(self) -> bool:
         """Whether trying again is useless until the file or the options change."""
         return self.reason in PERMANENT_REASONS
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same may work at another time."""
+        return self.reason in TRANSIENT_REASONS
 
     def error(self) -> PaddockError:
         """Make an exception of its own: one raised twice would collect the tracebacks of both."""

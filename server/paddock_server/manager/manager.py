@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
+from paddock.errors import PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.downloads.process import FetcherLauncher
@@ -143,6 +144,7 @@ class ModelManager:
             ended=self._ended,
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
+            expect=self._expect,
             remember=self._remember,
             task=self._tasks.run,
         )
@@ -235,8 +237,23 @@ class ModelManager:
                 if event.HasField("loaded"):
                     await self._desired.caught_up()
                 yield event
+        except PaddockError as error:
+            self._told_of(failures.failure_of(error), request.model, source)
+            await self._desired.caught_up()
+            raise
         finally:
             subscription.closed = True
+
+    def _told_of(self, failure: failures.Failure, model: str, source: model_pb2.ModelSource | None) -> None:
+        """Forget a load that has failed, now that one who asked for it knows. What may work at another time
+        stays: it is tried again after a restart."""
+        if failure.is_transient:
+            return
+        ref = self.hub.ref_of(model, source)
+        found = self.hub.find(ref) if ref is not None else None
+        replicas = self._registry.sets.get(found or self._registry.id_of(model))
+        if replicas is not None and replicas.is_unused:  # Else another load decides, or has decided.
+            self._desired.failed(replicas.model, replicas.wish, for_good=failure.is_permanent)
 
     async def _load_by_id(self, model: str, asked: LoadAsked) -> None:
         (await self._registry.find_to_load(model)).load(asked)
@@ -430,6 +447,9 @@ class ModelManager:
         sets = self._registry.sets
         models = {model: replicas.snapshot() for model, replicas in sets.items()} | self.hub.unlisted()
         return [models[model] for model in sorted(models)]
+
+    def _expect(self, model: str, wish: Wish) -> None:
+        self._desired.expect(model, wish, file_of(self._registry.sets[model].entry))
 
     def _remember(self, model: str, wish: Wish | None) -> None:
         self._desired.put(model, wish, file_of(self._registry.sets[model].entry))

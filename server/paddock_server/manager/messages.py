@@ -437,6 +437,13 @@ class ClearTimers:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """Keep over a restart that an operator's load is on its way, and the options that were set."""
+
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Keep what the operator wants of the model over a restart: the options that were set, or None for
     nothing."""
@@ -482,6 +489,7 @@ Effect: TypeAlias = (
     | AnswerUnload
     | SetTimer
     | ClearTimers
+    | Expect
     | Remember
     | Resume
     | Vanish

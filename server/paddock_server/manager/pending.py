@@ -43,19 +43,18 @@ class PendingLoads:
         subscription = cast("Subscription", asked.caller)
         name = wanted.name
         first = name not in self._running
-        before = self._desired.loads.get(name)
         if first:
             self._running.add(name)
             if asked.explicit:
-                self._desired.put(name, asked.wish)
+                self._desired.expect(name, asked.wish)
         failure: failures.Failure | None = failures.internal(name)
         try:
             model, left = await self._brought(wanted, subscription, asked.timeout_seconds if first else None)
+            if first and asked.explicit and model != name:
+                self._desired.failed(name, asked.wish, for_good=False)
+                self._desired.expect(model, asked.wish)
             await self._load(model, replace(asked, timeout_seconds=left))
             failure = None
-            if first and asked.explicit and model != name:
-                self._remember(name, before)
-                self._desired.put(model, asked.wish)
         except PaddockError as error:
             failure = failures.failure_of(error)
         except asyncio.CancelledError:
@@ -66,8 +65,15 @@ class PendingLoads:
                 self._running.discard(name)
             if failure is not None:
                 subscription.fail(failure)
-                if first and asked.explicit and failure.reason != Reason.SHUTTING_DOWN:
-                    self._remember(name, None if failure.reason == Reason.LOAD_ABORTED else before)
+                if first and asked.explicit:
+                    self._note_failure(name, asked.wish, failure)
+
+    def _note_failure(self, name: str, wish: Wish, failure: failures.Failure) -> None:
+        """Forget a load whose download has failed: that is not taken up again by itself either."""
+        if failure.reason == Reason.LOAD_ABORTED:
+            self._desired.put(name, None)
+        elif failure.reason != Reason.SHUTTING_DOWN:
+            self._desired.failed(name, wish, for_good=False)
 
     async def _brought(
         self, wanted: Wanted, subscription: Subscription, seconds: float | None
@@ -87,7 +93,3 @@ class PendingLoads:
             await self._hub.call_off(wanted, stalled)
             raise stalled.error() from None
         return model, None if seconds is None else max(0.0, began + seconds - loop.time())
-
-    def _remember(self, name: str, wish: Wish | None) -> None:
-        if wish != self._desired.loads.get(name):
-            self._desired.put(name, wish)

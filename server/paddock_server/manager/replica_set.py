@@ -45,7 +45,7 @@ from paddock_server.manager.replicas import (
     state_of,
 )
 from paddock_server.manager.snapshot import public_state
-from paddock_server.manager.state import AT_REST, NEVER, ActorState, Phase
+from paddock_server.manager.state import AT_REST, NEVER, UNUSED, ActorState, Phase
 from paddock_server.manager.tools import Tools
 from paddock_server.supervisor import LogRing
 
@@ -79,6 +79,9 @@ class SetTools:
     vanished: Callable[[str], None]
     """Called when a model is gone for good, all replicas of it."""
 
+    expect: Callable[[str, Wish], None]
+    """Keeps over a restart that an operator's load is on its way."""
+
     remember: Callable[[str, Wish | None], None]
     """Keeps an operator's load over a restart, or forgets it."""
 
@@ -108,6 +111,10 @@ class Home:
     def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
         """See `tools.Home`."""
         return self._replicas.completed(model, entry)
+
+    def expect(self, wish: Wish) -> None:
+        """See `tools.Home`."""
+        self._replicas.expect(wish)
 
     def remember(self, wish: Wish | None) -> None:
         """See `tools.Home`."""
@@ -173,6 +180,16 @@ class ReplicaSet:
         return all(actor.state.phase in AT_REST for actor in self._actors.values())
 
     @property
+    def is_unused(self) -> bool:
+        """Whether no replica is in memory or on its way there or out."""
+        return all(actor.state.phase in UNUSED for actor in self._actors.values())
+
+    @property
+    def wish(self) -> Wish:
+        """Which options somebody has set for the current or latest load."""
+        return self._first.state.wish
+
+    @property
     def serves(self) -> bool:
         """Whether a request would get a lease at once."""
         return any(actor.state.phase is Phase.READY for actor in self._actors.values())
@@ -211,6 +228,10 @@ class ReplicaSet:
     def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
         """Add to the model as it is shown what is known of a download of it."""
         return self._tools.completed(model, entry)
+
+    def expect(self, wish: Wish) -> None:
+        """Keep that what the operator wants of the model is on its way."""
+        self._tools.expect(self.model, wish)
 
     def remember(self, wish: Wish | None) -> None:
         """Keep what the operator wants of the model."""

@@ -38,6 +38,10 @@ class Home(Protocol):
         """Learn of a step, once it has been carried out."""
         ...
 
+    def expect(self, wish: Wish) -> None:
+        """Keep over a restart that an operator's load is on its way."""
+        ...
+
     def remember(self, wish: Wish | None) -> None:
         """Keep an operator's load over a restart, or forget it."""
         ...

@@ -13,6 +13,7 @@ from paddock_server.manager.messages import (
     ClearTimers,
     EndLoad,
     Enter,
+    Expect,
     Leave,
     LookAgain,
     NextLoad,
@@ -85,6 +86,7 @@ class Turn:
             self.set(stay=0)
         if load.explicit:
             self.set(crash_count=0, held_until=0.0)
+            self.do(Expect(load.wish))
         if state.problem is not None:
             self.fail(state.problem)
             return
