@@ -21,6 +21,7 @@ from paddock_server.supervisor import RestartPolicy
 from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import fake_launcher, write_sidecar
 from tests.fakes.polling import eventually
+from tests.listing import models_of
 from tests.models import make_noise
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ async def load(manager: ModelManager, model: str, **request: Any) -> list[pb.Loa
 
 
 def now(manager: ModelManager, model: str = "a") -> model_pb2.Model:
-    return next(found for found in manager.snapshots()[0] if found.id == model)
+    return next(found for found in models_of(manager) if found.id == model)
 
 
 def request(max_tokens: int) -> pb.GenerateRequest:

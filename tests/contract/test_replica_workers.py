@@ -20,6 +20,7 @@ from paddock_server.manager import ManagerConfig, ModelManager
 from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import fake_launcher
 from tests.fakes.polling import eventually
+from tests.listing import models_of
 from tests.models import make_noise
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ async def load(manager: ModelManager) -> model_pb2.Model:
 
 
 def now(manager: ModelManager) -> model_pb2.Model:
-    return manager.snapshots()[0][0]
+    return models_of(manager)[0]
 
 
 async def generate(manager: ModelManager, max_tokens: int, begun: list[int]) -> int:

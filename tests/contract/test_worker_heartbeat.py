@@ -22,6 +22,7 @@ from paddock_server.supervisor import RestartPolicy
 from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import QUICK, fake_launcher
 from tests.fakes.polling import eventually
+from tests.listing import models_of
 from tests.models import make_noise
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ async def manager(tmp_path: Path) -> AsyncGenerator[ModelManager]:
 
 
 def now(manager: ModelManager) -> model_pb2.Model:
-    (model,) = manager.snapshots()[0]
+    (model,) = models_of(manager)
     return model
 
 

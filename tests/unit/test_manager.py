@@ -15,6 +15,7 @@ from paddock.v1 import model_pb2
 from paddock_server.manager import ManagerConfig, ModelManager
 from paddock_server.manager import actor as actor_module
 from paddock_server.worker.v1 import worker_pb2
+from tests.listing import models_of
 from tests.unit.manager_fakes import FakeCatalog, FakeLauncher, Server, loads, until
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ async def state(server: Server, model: str = "a") -> model_pb2.ModelState.ValueT
 
 def state_now(server: Server) -> model_pb2.ModelState.ValueType:
     """The state of `a`, the first model."""
-    return server.manager.snapshots()[0][0].state
+    return models_of(server.manager)[0].state
 
 
 @pytest.mark.parametrize(("reported", "stage"), [(WEIGHTS, "weights"), (WARMUP, "warmup")])
@@ -373,7 +374,7 @@ async def test_the_least_recently_used_model_makes_room() -> None:
         for model in ("a", "b", "a", "c"):
             async with await server.manager.acquire(model):
                 pass
-        states = {model.id: model.state for model in server.manager.snapshots()[0]}
+        states = {model.id: model.state for model in models_of(server.manager)}
     assert states == {
         "a": model_pb2.MODEL_STATE_LOADED,
         "b": model_pb2.MODEL_STATE_UNLOADED,

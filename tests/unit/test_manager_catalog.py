@@ -14,6 +14,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, CatalogProblem
 from paddock_server.manager import registry
+from tests.listing import models_of
 from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def local(path: str) -> model_pb2.ModelSource:
 
 
 def ids(server: Server) -> list[str]:
-    return [model.id for model in server.manager.snapshots()[0]]
+    return [model.id for model in models_of(server.manager)]
 
 
 async def scan(server: Server) -> None:
@@ -121,11 +122,11 @@ async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
 
 
 async def test_a_file_that_changes_is_one_change_to_watchers(server: Server) -> None:
-    _, before = server.manager.snapshots()
+    before = server.manager.listing().revision
     server.catalog.entries["a"] = replace(server.catalog.entries["a"], size_bytes=77)
     await scan(server)
-    await until(lambda: server.manager.snapshots()[0][0].size_bytes == 77)
-    assert server.manager.snapshots()[1] == before + 1
+    await until(lambda: models_of(server.manager)[0].size_bytes == 77)
+    assert server.manager.listing().revision == before + 1
 
 
 async def test_a_file_with_a_problem_fails_with_it_and_starts_no_worker(server: Server) -> None:

@@ -21,6 +21,7 @@ from paddock_server.catalog import ModelSetup, RequestDefaults
 from paddock_server.manager.desired import DesiredLoads, State, StateFileError, read_state
 from paddock_server.manager.options import Wish
 from paddock_server.state_files import write_atomically
+from tests.listing import models_of
 from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def files(folder: Path) -> list[str]:
 
 
 def loaded(server: Server) -> list[str]:
-    return [model.id for model in server.manager.snapshots()[0] if model.state == LOADED]
+    return [model.id for model in models_of(server.manager) if model.state == LOADED]
 
 
 async def test_loads_come_back_with_their_options_and_others_do_not(state_file: Path) -> None:
@@ -321,7 +322,7 @@ async def test_a_pin_is_remembered_and_taken_off_for_good(state_file: Path) -> N
         await server.manager.pin(pb.PinRequest(model="b"))
         await server.manager.pin(pb.PinRequest(model="b", unpin=True))
     async with Server("a", "b", state_file=state_file) as server:
-        pinned = {model.id: model.pinned for model in server.manager.snapshots()[0]}
+        pinned = {model.id: model.pinned for model in models_of(server.manager)}
     assert pinned == {"a": True, "b": False}
 
 
@@ -411,7 +412,7 @@ async def test_a_load_that_fails_when_its_caller_has_gone_is_kept(state_file: Pa
             await anext(events)
             worker = await server.launcher.worker()
         worker.fail(CORRUPT)
-        await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_FAILED)
+        await until(lambda: models_of(server.manager)[0].state == model_pb2.MODEL_STATE_FAILED)
     assert read_state(state_file).loads.keys() == {"a"}
 
 
@@ -421,7 +422,7 @@ async def test_a_load_that_fails_when_it_is_brought_back_stays_remembered(state_
     async with Server("a", state_file=state_file) as server:
         server.launcher.slow.add("a")
         (await server.launcher.worker()).fail(CORRUPT)
-        await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_FAILED)
+        await until(lambda: models_of(server.manager)[0].state == model_pb2.MODEL_STATE_FAILED)
     assert read_state(state_file).loads.keys() == {"a"}, "nobody has been told"
 
 

@@ -12,6 +12,7 @@ from paddock.errors import PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import ModelSetup
+from tests.listing import models_of
 from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def pids(model: model_pb2.Model) -> list[int]:
 
 def is_whole(server: Server) -> bool:
     """Whether both replicas of `a` are loaded: what they take is measured then."""
-    model = server.manager.snapshots()[0][0]
+    model = models_of(server.manager)[0]
     return len(model.workers) == 2 and model.memory.phase == model_pb2.MEMORY_PHASE_MEASURED
 
 
@@ -86,12 +87,12 @@ async def test_requests_spread_over_the_replicas(server: Server) -> None:
     assert (await now(server)).lease_count == 8
     for lease in leases[:6]:
         lease.release()
-    await until(lambda: server.manager.snapshots()[0][0].lease_count == 2)
+    await until(lambda: models_of(server.manager)[0].lease_count == 2)
 
 
 async def test_a_request_loads_all_replicas(server: Server) -> None:
     leases = await acquire(server, 4)
-    await until(lambda: len(server.manager.snapshots()[0][0].workers) == 2)
+    await until(lambda: len(models_of(server.manager)[0].workers) == 2)
     assert of_worker(leases) == [2, 2]
 
 
@@ -188,7 +189,7 @@ async def test_another_number_starts_or_stops_the_difference(server: Server) -> 
     assert (await server.manager.acquire("a")).worker.pid == 1000
     for lease in leases:
         lease.release()
-    await until(lambda: pids(server.manager.snapshots()[0][0]) == [1000])
+    await until(lambda: pids(models_of(server.manager)[0]) == [1000])
     assert (await now(server)).runtime_options.replica_count == 1
     assert server.launcher.workers[0].stop_reasons == []
 
@@ -197,10 +198,10 @@ async def test_a_reload_starts_or_stops_the_difference(server: Server) -> None:
     await loads(server.manager, "a")
     configured(server, 3)
     await server.manager.reload()
-    await until(lambda: pids(server.manager.snapshots()[0][0]) == [1000, 1001, 1002])
+    await until(lambda: pids(models_of(server.manager)[0]) == [1000, 1001, 1002])
     configured(server, 1)
     await server.manager.reload()
-    await until(lambda: pids(server.manager.snapshots()[0][0]) == [1000])
+    await until(lambda: pids(models_of(server.manager)[0]) == [1000])
     assert server.launcher.workers[0].stop_reasons == []
 
 
@@ -211,7 +212,7 @@ async def test_unload_and_sleep_mean_all_replicas(server: Server) -> None:
         await server.manager.sleep(pb.SleepRequest(model="a"))
     assert caught.value.reason == Reason.MODEL_IN_USE
     lease.release()
-    await until(lambda: server.manager.snapshots()[0][0].lease_count == 0)
+    await until(lambda: models_of(server.manager)[0].lease_count == 0)
     slept = await server.manager.sleep(pb.SleepRequest(model="a"))
     assert slept.model.state == model_pb2.MODEL_STATE_SLEEPING
     assert [worker.sleep_count for worker in server.launcher.workers] == [1, 1]
@@ -260,9 +261,9 @@ async def test_a_request_that_leaves_costs_no_replica_a_place(server: Server) ->
         await loads(server.manager, "b", runtime_options=replicas(3), conflict_policy=RELOAD)
     leases = [await server.manager.acquire("b") for _ in range(3)]
     asking = asyncio.create_task(server.manager.acquire("a"))
-    await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_LOADING)
+    await until(lambda: models_of(server.manager)[0].state == model_pb2.MODEL_STATE_LOADING)
     asking.cancel()
-    await until(lambda: server.manager.snapshots()[0][0].state == model_pb2.MODEL_STATE_UNLOADED)
+    await until(lambda: models_of(server.manager)[0].state == model_pb2.MODEL_STATE_UNLOADED)
     for lease in leases:
         lease.release()
     assert len(server.launcher.workers) == 3
@@ -272,7 +273,7 @@ async def test_a_model_with_replicas_that_is_gone_is_gone_with_all_of_them(serve
     await loads(server.manager, "a")
     del server.catalog.entries["a"]
     await server.manager.reload()
-    await until(lambda: [model.id for model in server.manager.snapshots()[0]] == ["b"])
+    await until(lambda: [model.id for model in models_of(server.manager)] == ["b"])
     assert [worker.stop_reasons for worker in server.launcher.workers] == [["MODEL_UNLOADED"]] * 2
 
 
@@ -281,4 +282,4 @@ async def test_the_number_of_replicas_outlives_the_server(tmp_path: Any) -> None
         async with Server("a", state_file=tmp_path / "loads.json") as server:
             if not (tmp_path / "loads.json").exists():
                 await loads(server.manager, "a", runtime_options=replicas(2))
-            await until(lambda: len(server.manager.snapshots()[0][0].workers) == 2)
+            await until(lambda: len(models_of(server.manager)[0].workers) == 2)

@@ -15,6 +15,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import ModelSetup
 from paddock_server.supervisor import RestartPolicy
+from tests.listing import models_of
 from tests.unit.manager_fakes import Server, entry, until
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class Run:
         assert all(isinstance(error, PaddockError) for error in errors), errors
         assert not any("\0" in str(error) for error in errors)
         await manager.unload(pb.UnloadRequest(model="a"))
-        await until(lambda: not any(model.lease_count for model in manager.snapshots()[0]))
+        await until(lambda: not any(model.lease_count for model in models_of(manager)))
         helping.cancel()
-        model = manager.snapshots()[0][0]
+        model = models_of(manager)[0]
         assert (model.state, model.waiting_request_count) == (model_pb2.MODEL_STATE_UNLOADED, 0)
         assert not model.workers
 

@@ -67,7 +67,7 @@ async def test_first_comes_every_model_then_synced_then_changes(server: Server) 
 
 
 async def test_a_caller_misses_nothing_between_list_and_watch(server: Server) -> None:
-    _, revision = server.manager.snapshots()
+    revision = server.manager.listing().revision
     await loads(server.manager, "a")
     responses = await until_synced(server.manager, start_revision=revision + 1)
     assert [response.changed.model.state for response in responses[:-1]] == [LOADING, LOADED]
@@ -89,7 +89,7 @@ async def test_a_revision_of_another_server_is_refused(server: Server) -> None:
 
 
 async def test_a_revision_that_is_yet_to_come_is_refused(server: Server) -> None:
-    _, revision = server.manager.snapshots()
+    revision = server.manager.listing().revision
     await until_synced(server.manager, start_revision=revision + 1)
     with pytest.raises(PaddockError) as caught:
         await until_synced(server.manager, start_revision=revision + 2)
@@ -155,7 +155,7 @@ async def test_a_closed_watch_is_forgotten() -> None:
 
 async def test_use_of_a_model_is_no_change(server: Server) -> None:
     await loads(server.manager, "a")
-    _, before = server.manager.snapshots()
+    before = server.manager.listing().revision
     async with await server.manager.acquire("a"):
         pass
-    assert server.manager.snapshots()[1] == before
+    assert server.manager.listing().revision == before

@@ -410,10 +410,6 @@ class ModelManager:
         self._rules.admission = settings.admission
         return True
 
-    def snapshots(self) -> tuple[list[model_pb2.Model], int]:
-        """Return every model, ordered by id, and the revision they reflect."""
-        return self._models(), self._changes.revision
-
     def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse]:
         """Stream changes until closed: `changed* synced (changed | deleted | synced)*`."""
         return self._changes.watch(request)

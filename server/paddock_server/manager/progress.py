@@ -35,11 +35,6 @@ class Subscription:
         self.closed = False
         """Whether the caller has gone."""
 
-    @property
-    def has_unread(self) -> bool:
-        """Whether `next` would return at once."""
-        return bool(self._events) or self._ended
-
     def push(self, event: pb.LoadResponse) -> None:
         """Add an event; it takes the place of an unread `advanced` of the same stage."""
         if self._events and _is_advance(event) and _is_advance(self._events[-1]):
@@ -103,11 +98,6 @@ class LoadView:
     def stage_name(self) -> str:
         """The stage in messages and metadata, for example `weights`."""
         return pb.Stage.Name(self._stage).removeprefix("STAGE_").lower()
-
-    @property
-    def subscriber_count(self) -> int:
-        """Callers who are still there."""
-        return sum(1 for subscription in self._subscriptions if not subscription.closed)
 
     def attach(self, subscription: Subscription) -> None:
         """Add a caller."""

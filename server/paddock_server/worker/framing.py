@@ -66,8 +66,3 @@ class FrameDecoder:
         if position:
             del buffer[:position]
         return bodies
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of the unfinished frame held back."""
-        return len(self._buffer)
