@@ -44,7 +44,7 @@ from paddock_server.supervisor import LogRing, WorkerSpec
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterable
 
     from structlog.typing import FilteringBoundLogger
 
@@ -303,8 +303,7 @@ class Actor:
     # Effects
 
     def _carry_out(self, effect: m.Effect) -> None:
-        tools = self._tools
-        model = self.state.model
+        loop, model = self._tools.loop, self.state.model
         match effect:
             case m.Enter():
                 self._enter(effect)
@@ -318,9 +317,9 @@ class Actor:
                 if self._run is not None:
                     self._run.sleep()
             case m.Asleep():
-                tools.loop.tell(Slept(model, effect.ticket, self._resident_bytes()))
+                loop.tell(Slept(model, effect.ticket, self._resident_bytes()))
             case m.AnswerSleep():
-                self._answer_sleep(effect)
+                self._answer(effect.callers, pb.SleepResponse(model=self.snapshot()))
             case m.StopWorker():
                 self._stop_worker(effect)
             case m.Grant():
@@ -330,25 +329,24 @@ class Actor:
             case m.EndLoad():
                 self._end_load(effect)
             case m.AnswerUnload():
-                self._answer_unload(effect)
+                response = pb.UnloadResponse(model=self.snapshot(), aborted_request_count=effect.aborted)
+                self._answer(effect.callers, response)
             case m.SetTimer():
                 self._timers.set(effect)
             case m.ClearTimers():
                 self._timers.clear(effect.timers)
             case m.Releasing():
-                tools.loop.tell(Leaving(model, effect.ticket))
+                loop.tell(Leaving(model, effect.ticket))
             case m.Leave():
-                tools.loop.tell(Left(model, effect.ticket))
+                loop.tell(Left(model, effect.ticket))
             case m.EvictionRefused():
-                tools.loop.tell(Stayed(model, effect.ticket))
+                loop.tell(Stayed(model, effect.ticket))
             case m.LookAgain():
                 if self.state.phase is Phase.READY:
                     self._commit(m.Commit(self.state.stay))
-                tools.loop.tell(Looked())
-            case m.Expect():
-                self._home.expect(effect.wish)
-            case m.Remember():
-                self._home.remember(effect.wish)
+                loop.tell(Looked())
+            case m.Expect() | m.Remember():
+                self._keep(effect)
             case m.Vanish():
                 self._home.vanished()
             case m.JoinLoad():
@@ -363,6 +361,12 @@ class Actor:
                 self._own.append(m.Resumed())
             case m.Closed():
                 self.closed.set()
+
+    def _keep(self, effect: m.Expect | m.Remember) -> None:
+        if isinstance(effect, m.Expect):
+            self._home.expect(effect.wish)
+        else:
+            self._home.remember(effect.wish)
 
     def _enter(self, effect: m.Enter) -> None:
         view = self._shown.view
@@ -473,17 +477,9 @@ class Actor:
         response.loaded.load_duration.FromNanoseconds(int(self._load_seconds * 1e9))
         return response
 
-    def _answer_sleep(self, effect: m.AnswerSleep) -> None:
-        response = pb.SleepResponse(model=self.snapshot())
-        for caller in effect.callers:
-            reply = cast("asyncio.Future[pb.SleepResponse]", caller)
-            if not reply.done():
-                reply.set_result(response)
-
-    def _answer_unload(self, effect: m.AnswerUnload) -> None:
-        response = pb.UnloadResponse(model=self.snapshot(), aborted_request_count=effect.aborted)
-        for caller in effect.callers:
-            reply = cast("asyncio.Future[pb.UnloadResponse]", caller)
+    def _answer(self, callers: Iterable[Hashable], response: pb.SleepResponse | pb.UnloadResponse) -> None:
+        for caller in callers:
+            reply = cast("asyncio.Future[Any]", caller)
             if not reply.done():
                 reply.set_result(response)
 

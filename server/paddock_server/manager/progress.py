@@ -75,6 +75,13 @@ class Subscription:
         return self._events.popleft()
 
 
+def nobody() -> Subscription:
+    """Return the subscriber of a load that no call asks for."""
+    subscription = Subscription()
+    subscription.closed = True
+    return subscription
+
+
 class LoadView:
     """One load as it is shown. A caller who joins late is told the stage the load is at, and goes on from
     there."""

@@ -32,7 +32,7 @@ from paddock_server.manager.messages import (
     UnloadAsked,
 )
 from paddock_server.manager.options import Wish
-from paddock_server.manager.progress import Subscription
+from paddock_server.manager.progress import Subscription, nobody
 from paddock_server.manager.replicas import (
     ReplicaView,
     is_about_one,
@@ -95,8 +95,9 @@ class SetTools:
 class Home:
     """What a replica's actor sees of its set: see `tools.Home`."""
 
-    def __init__(self, replicas: ReplicaSet, replica: str, number: int) -> None:
+    def __init__(self, replicas: ReplicaSet, tools: SetTools, replica: str, number: int) -> None:
         self._replicas = replicas
+        self._tools = tools
         self._replica = replica
         self.number = number
 
@@ -110,15 +111,15 @@ class Home:
 
     def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
         """See `tools.Home`."""
-        return self._replicas.completed(model, entry)
+        return self._tools.completed(model, entry)
 
     def expect(self, wish: Wish) -> None:
         """See `tools.Home`."""
-        self._replicas.expect(wish)
+        self._tools.expect(self._replicas.model, wish)
 
     def remember(self, wish: Wish | None) -> None:
         """See `tools.Home`."""
-        self._replicas.remember(wish)
+        self._tools.remember(self._replicas.model, wish)
 
     def vanished(self) -> None:
         """See `tools.Home`."""
@@ -225,18 +226,6 @@ class ReplicaSet:
         if len(self._actors) > 1:
             self._move_requests()
 
-    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
-        """Add to the model as it is shown what is known of a download of it."""
-        return self._tools.completed(model, entry)
-
-    def expect(self, wish: Wish) -> None:
-        """Keep that what the operator wants of the model is on its way."""
-        self._tools.expect(self.model, wish)
-
-    def remember(self, wish: Wish | None) -> None:
-        """Keep what the operator wants of the model."""
-        self._tools.remember(self.model, wish)
-
     def forget(self, replica: str) -> None:
         """A replica is gone for good; with the last one, the model is."""
         self._retiring.discard(self._actors.pop(replica))
@@ -252,7 +241,7 @@ class ReplicaSet:
     def _add(self, entry: CatalogEntry) -> Actor:
         ids = [replica_id(self.model, number) for number in range(len(self._actors) + 1)]
         number, replica = next(item for item in enumerate(ids) if item[1] not in self._actors)
-        home = Home(self, replica, number)
+        home = Home(self, self._tools, replica, number)
         actor = Actor(entry, self._tools.new_state(entry), self._tools.tools_of(replica), home, self.log_ring)
         self._actors[replica] = actor
         self._tools.started(replica, actor)
@@ -505,10 +494,3 @@ def _add_loaded(total: pb.Loaded, loaded: pb.Loaded) -> None:
 
 
 _MAY_SLEEP = frozenset({Phase.READY, Phase.SUSPENDING, Phase.SLEEPING})
-
-
-def nobody() -> Subscription:
-    """Return the subscriber of a load that no call asks for."""
-    subscription = Subscription()
-    subscription.closed = True
-    return subscription

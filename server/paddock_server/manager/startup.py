@@ -12,8 +12,8 @@ from paddock_server.manager.hub import HubModels
 from paddock_server.manager.messages import LoadAsked
 from paddock_server.manager.options import NO_WISH, default_options
 from paddock_server.manager.pending import PendingLoads
+from paddock_server.manager.progress import nobody
 from paddock_server.manager.registry import Registry
-from paddock_server.manager.replica_set import nobody
 from paddock_server.manager.sources import first_that_fit, startup_loads
 from paddock_server.manager.tasks import Tasks
 
