@@ -439,6 +439,21 @@ async def test_a_fetcher_that_is_killed_is_started_again_and_fetches_no_byte_twi
     assert hub.ranges == ["", f"bytes={there}-"]
 
 
+async def test_without_a_network_a_download_fails_at_once_and_says_what_to_check(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    async with server(tmp_path) as api:
+        events: list[pb.DownloadResponse] = []
+        with pytest.raises(PaddockError, match="HF_ENDPOINT") as caught:
+            async with aclosing(api.download(pb.DownloadRequest(model=NAME))) as responses:
+                async for response in responses:
+                    events.append(response)
+
+    assert caught.value.reason == Reason.HUB_UNREACHABLE
+    assert not any(event.progress.HasField("warning") for event in events)  # it was not tried again
+
+
 @pytest.mark.parametrize(("paused", "restore"), [(False, True), (True, True), (False, False)])
 async def test_downloads_outlive_a_restart(
     hub: FakeHub, world: Path, tmp_path: Path, content: bytes, paused: bool, restore: bool
