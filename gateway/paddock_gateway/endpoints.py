@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from paddock.errors import Reason, make_error
+from paddock.sizes import size_text
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_gateway.errors import ClientGoneError
@@ -177,7 +178,7 @@ def _refuse_size(limit: int) -> None:
     refuse_http(
         413,
         "request_too_large",
-        f"The body is larger than {limit} bytes, the most this gateway takes.",
+        f"The body is larger than {size_text(limit)}, the most this gateway takes.",
         headers=(("connection", "close"),),
     )
 

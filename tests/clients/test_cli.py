@@ -71,7 +71,7 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
     tiny.lease_count, tiny.worker.queued_request_count = 5, 2
     tiny.worker.restart_count = 1
     tiny.memory.phase = model_pb2.MEMORY_PHASE_MEASURED
-    tiny.memory.bytes["RAM"] = 60_000_000
+    tiny.memory.bytes["RAM"] = 60 * 2**20
     tiny.runtime_options.sleep_timeout.FromSeconds(4 * 86_400)
     tiny.last_use_time.FromSeconds(int(time.time()) - 90)
     tiny.expire_time.FromSeconds(int(time.time()) + 3 * 86_400 + 60)
@@ -82,7 +82,7 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
         *("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
     ]
     cells = re.split(r"\s{2,}", line.strip())
-    assert cells[:6] == ["tiny", "loaded", "60.0 MB", "5", "2 slot", "sleeps in 3d"]
+    assert cells[:6] == ["tiny", "loaded", "60.0 MiB", "5", "2 slot", "sleeps in 3d"]
     assert cells[6:] == ["2m ago", "0 of 512", "1"]
 
 
@@ -134,7 +134,7 @@ def test_load_shows_progress_on_standard_error_and_nothing_on_standard_output(pa
         "Starting worker: warning: Died once.",
         "Starting worker: done",
         "Reading weights: Reading cold.gguf.",
-        "Reading weights: 50% (500 B of 1.0 kB)",
+        "Reading weights: 50% (500 B of 1000 B)",
         "Working: nothing to do",
         "Loaded cold in 1.5 s.",
     ]
@@ -439,10 +439,10 @@ def test_estimate_shows_parts_and_a_verdict(paddock: Paddock, server: FakeServer
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["DEVICE", "FOR", "MEMORY"]
     assert ["RAM", "kv", "cache"] in [line[:3] for line in lines]
-    assert ["RAM", "all", "4.2", "MB", "of", "8.4", "MB"] in lines
-    assert ["RAM", "held", "by", "endless", "50.0", "MB"] in lines
+    assert ["RAM", "all", "4.0", "MiB", "of", "8.0", "MiB"] in lines
+    assert ["RAM", "held", "by", "endless", "47.7", "MiB"] in lines
     assert not [line for line in lines if "tiny" in line], "what it holds itself is part of the estimate"
-    assert lines[-1] == ["RAM", "free", "now", "8.4", "MB"]
+    assert lines[-1] == ["RAM", "free", "now", "8.0", "MiB"]
     assert "It fits now." in result.stderr
     (request,) = server.manager.requests("EstimateMemory")
     assert isinstance(request, pb.EstimateMemoryRequest)

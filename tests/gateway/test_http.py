@@ -156,7 +156,7 @@ async def test_a_body_over_the_limit_is_413_whether_its_size_is_told_or_not() ->
     for response in (told, untold):
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "request_too_large"
-        assert "999 bytes" in response.json()["error"]["message"]
+        assert "999 B" in response.json()["error"]["message"]
         assert response.headers["connection"] == "close"
     assert just.status_code == 200
 

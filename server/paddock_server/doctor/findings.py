@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from paddock.sizes import size_text
 from paddock_server.memory import DeviceMemory
 
 
@@ -76,9 +77,8 @@ REBUILD: Final = (
 )
 
 
-def gib(count: int) -> str:
-    """Return a size in GiB, or in MiB below one."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+def _free_text(free: int, total: int) -> str:
+    return f"{size_text(free)} of {size_text(total)} free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,10 @@ def judge_build(build: Build) -> list[Finding]:
         found.append(warning(area, message, REBUILD))
     if build.gpus:
         found += [
-            ok("gpu", f"{gpu.name}: {gpu.description}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free")
+            ok(
+                "gpu",
+                f"{gpu.name}: {gpu.description}, {_free_text(gpu.free_bytes, gpu.total_bytes)}",
+            )
             for gpu in build.gpus
         ]
     elif build.gpu_hardware and not build.gpu_offload:
@@ -223,13 +226,15 @@ def judge_memory(memory: Memory, largest_model_bytes: int = 0) -> list[Finding]:
     """Judge the RAM, beside the largest model that might be loaded."""
     area = "memory"
     total = memory.total if memory.limit is None else min(memory.total, memory.limit)
-    limited = f" (the limit of a cgroup; the machine has {gib(memory.total)})" if total < memory.total else ""
-    found = [ok(area, f"{gib(total)}{limited}, {gib(memory.available)} available")]
+    limited = (
+        f" (the limit of a cgroup; the machine has {size_text(memory.total)})" if total < memory.total else ""
+    )
+    found = [ok(area, f"{size_text(total)}{limited}, {size_text(memory.available)} available")]
     if memory.available < LOW_MEMORY_BYTES:
         advice = "Stop other programs, or unload models: a model that does not fit is killed while it loads."
-        found.append(warning(area, f"only {gib(memory.available)} are available", advice))
+        found.append(warning(area, f"only {size_text(memory.available)} are available", advice))
     if largest_model_bytes > total:
-        message = f"the largest model has {gib(largest_model_bytes)}, more than the memory there is"
+        message = f"the largest model has {size_text(largest_model_bytes)}, more than the memory there is"
         found.append(warning(area, message, "Take a smaller quantisation, or offload layers to a GPU."))
     return found
 
@@ -248,7 +253,7 @@ def judge_limits(files: int, locked_bytes: int) -> list[Finding]:
     else:
         found.append(ok(area, f"{files_text} open files"))
     # Paddock locks nothing: a small limit keeps nothing from working.
-    locked = "unlimited" if locked_bytes == UNLIMITED else gib(locked_bytes)
+    locked = "unlimited" if locked_bytes == UNLIMITED else size_text(locked_bytes)
     found.append(ok(area, f"locked memory: {locked}"))
     return found
 
@@ -268,7 +273,7 @@ def judge_disks(disks: Sequence[Disk]) -> list[Finding]:
     """Judge free space."""
     found: list[Finding] = []
     for disk in disks:
-        what = f"{gib(disk.free_bytes)} of {gib(disk.total_bytes)} free at {disk.path}"
+        what = f"{_free_text(disk.free_bytes, disk.total_bytes)} at {disk.path}"
         what += f" ({', '.join(disk.holds)})"
         if disk.free_bytes < FULL_DISK_BYTES:
             found.append(problem("disk", what, "Make room: nothing can be remembered or downloaded."))
@@ -470,7 +475,7 @@ def judge_running(running: Running | None, address: str, own_version: str) -> li
         )
     ]
     found += [
-        ok(area, f"models hold {gib(held)} of the {gib(budget)} they may have of {device}")
+        ok(area, f"models hold {size_text(held)} of the {size_text(budget)} they may have of {device}")
         for device, (held, budget) in running.memory.items()
     ]
     if not running.serving:

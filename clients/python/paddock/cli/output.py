@@ -149,16 +149,6 @@ def download_text(download: Download) -> Text:
     return Text(f"paused{share}" if download.paused else f"downloading{share}", style="yellow")
 
 
-def bytes_text(count: int) -> str:
-    """Return a size for people: powers of 1000, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def count_text(count: int) -> str:
     """Return a number of parameters as model cards write it: 7.6B, 124M."""
     value = float(count)
