@@ -27,7 +27,7 @@ from paddock.v1 import model_pb2
 
 
 @pytest.mark.parametrize(("total", "shown"), [(0, "-"), (512, "0 of 512 tokens")])
-def test_a_kv_cache_nothing_was_heard_of_yet_has_no_numbers(total: int, shown: str) -> None:
+def test_a_kv_cache_of_unknown_size_has_no_numbers(total: int, shown: str) -> None:
     loaded = model(model_pb2.Model(id="tiny", worker=model_pb2.Worker(kv_cache_total_tokens=total)))
 
     assert dict(facts(loaded))["KV cache"] == shown
