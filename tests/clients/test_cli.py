@@ -86,6 +86,28 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
     assert cells[6:] == ["2m ago", "0 of 512", "1"]
 
 
+@pytest.mark.parametrize(
+    "command", [("ls",), ("ls", "--wide"), ("ps",), ("show", "endless"), ("estimate", "tiny")], ids=" ".join
+)
+def test_what_goes_into_a_pipe_is_whole_without_padding_and_colour(
+    paddock: Paddock, server: FakeServer, command: tuple[str, ...]
+) -> None:
+    long = "long-" * 5000 + "end"
+    endless = server.manager.models["endless"]
+    endless.description, endless.worker.restart_count = long, 1
+    endless.aliases.append(long)
+    server.manager.models[long] = model_pb2.Model(id=long, state=model_pb2.MODEL_STATE_LOADED)
+    server.manager.models[long].memory.bytes["RAM"] = 1
+
+    out = paddock(*command).stdout
+
+    assert out
+    assert long in out
+    assert "\x1b" not in out
+    assert not [line for line in out.splitlines() if line != line.rstrip()]
+    assert "…" not in out
+
+
 def test_ls_and_ps_show_models_that_sleep(paddock: Paddock, server: FakeServer) -> None:
     server.manager.models["tiny"].state = model_pb2.MODEL_STATE_SLEEPING
 

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from paddock.cli import listing
 from paddock.cli.facts import facts
@@ -15,6 +16,7 @@ from paddock.cli.output import (
     ago_text,
     brief_text,
     count_text,
+    grid,
     plain,
     seconds_text,
     shortened,
@@ -154,6 +156,21 @@ def test_a_table_is_no_wider_than_the_terminal_and_leaves_out_its_last_columns(
     assert len(line.rstrip()) <= width
     assert " ".join(columns).split()[: len(shown)] == shown
     assert "…" not in header
+
+
+def test_values_go_on_below_each_other_and_end_at_the_width_of_the_terminal() -> None:
+    rows = [("Name", "one two three"), ("", ""), ("Log", Text("first\n\nlast", style="red"))]
+
+    assert str(grid(rows, width=15)).splitlines() == [
+        "Name   one two",
+        "       three",
+        "",
+        "Log    first",
+        "",
+        "       last",
+    ]
+    assert str(grid(rows)).splitlines()[0] == "Name   one two three"
+    assert [str(span.style) for span in grid(rows).spans if span.style == "red"] == ["red"] * 2
 
 
 BUSY = model(

@@ -68,9 +68,9 @@ def _show(found: Sequence[Finding]) -> None:
     for finding in found:
         mark, style = _MARKS[finding.level]
         start = f"{finding.area:<{area_width}}  "
-        console.print(Text.assemble(start, (f"{mark:<7}", style), "  ", finding.message), soft_wrap=True)
+        console.print(Text.assemble(start, (f"{mark:<7}", style), "  ", finding.message))
         if finding.advice:
-            console.print(Text(f"{'':<{area_width + 11}}{finding.advice}", style="dim"), soft_wrap=True)
+            console.print(Text(f"{'':<{area_width + 11}}{finding.advice}", style="dim"))
     counts = {level: sum(finding.level == level for finding in found) for level in ("problem", "warning")}
     total = ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items())
     output.note(f"{total}.", style="dim")

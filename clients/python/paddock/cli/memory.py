@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from paddock.cli import output
-from paddock.cli.output import note, results, write_json
+from paddock.cli.output import note, write_json
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, ServerOption, call
 from paddock.sizes import size_text
 from paddock.types import MemoryVerdict, RuntimeOptions
@@ -66,10 +66,9 @@ def estimate(
     if as_json:
         write_json(found, indent=2)
         return
-    console = results()
     others = [other for other in models if model not in {other.id, f"hf:{other.id}", *other.aliases}]
     rows = _rows(found, others)
-    console.print(output.table(("DEVICE", "FOR", "MEMORY"), rows, width=console.width))
+    output.show_table(("DEVICE", "FOR", "MEMORY"), rows)
     chosen = found.options
     note(
         f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
