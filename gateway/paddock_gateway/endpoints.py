@@ -105,6 +105,8 @@ class Models:
         failed = model.state == model_pb2.MODEL_STATE_FAILED
         card = ModelCard(
             id=model.id,
+            aliases=list(model.aliases),
+            tags=list(model.tags),
             # Nobody knows when a file's model was made; while it is loaded the load is the next best thing.
             created=model.load_time.seconds or self._created,
             status=ModelStatus(_STATE_NAMES.get(model.state, "unloaded"), failed),
