@@ -101,7 +101,7 @@ def test_a_server_that_was_named_is_asked_and_nothing_else_is_looked_at(server: 
     lines = found.stdout.splitlines()
     assert lines[0] == f"The server at {server.target}:"
     assert {line.split()[0] for line in lines[1:] if not line.startswith(" ")} == {"server"}
-    assert "Only that server was asked." in found.stderr
+    assert "Only that server was asked;" in found.stderr
     assert found.returncode == ExitCode.OK
     assert list(alone) == ["server"]
     assert "its health service does not answer" in {finding["message"] for finding in alone["server"]}

@@ -70,7 +70,9 @@ def doctor(
     else:
         _show({"This machine": here, f"The server at {address}": there})
         if not is_here:
-            output.note("Only that server was asked. Without --server, it is this machine.", style="dim")
+            output.note(
+                "Only that server was asked; without --server, this machine is looked at.", style="dim"
+            )
     if bad:
         raise typer.Exit(ExitCode.FAILED)
 
