@@ -10,6 +10,7 @@ from paddock.errors import Reason
 from paddock_server.manager import messages as m
 from paddock_server.manager.admission import device_bytes
 from paddock_server.manager.options import Wish
+from paddock_server.manager.replicas import replica_id
 from paddock_server.manager.state import Phase
 from paddock_server.memory import RAM
 from tests.unit.manager_world import ASLEEP_SIZE, LIMITS, NO_WISH, PATIENCE, Worker, World
@@ -347,3 +348,19 @@ def test_a_late_word_of_an_earlier_sleep_changes_nothing(world: World) -> None:
     world.calm()
     assert replace(world.models["a"].state) == before
     assert Worker.READY in world.models["a"].workers.values()
+
+
+def test_a_replica_that_does_not_fit_beside_another_and_a_pinned_model_is_refused() -> None:
+    second = replica_id("a", 1)
+    world = World(("a", "b", second), models_max=2)
+    loaded(world)
+    loaded(world, "b")
+    world.pin("b")
+    world.calm()
+    caller = world.acquire(second)
+    world.calm()
+    assert world.answers[caller] == Reason.INSUFFICIENT_MEMORY
+    failure = world.models[second].state.failure
+    assert failure is not None
+    assert (failure.metadata["replica_count"], failure.metadata["pinned"]) == ("1", "b")
+    assert "'b', which is pinned" in failure.message
