@@ -70,9 +70,7 @@ def doctor(
     else:
         _show({"This machine": here, f"The server at {address}": there})
         if not is_here:
-            output.note(
-                "Only that server was asked; without --server, this machine is looked at.", style="dim"
-            )
+            output.note("Only that server was asked; without --server, it is this machine.", style="dim")
     if bad:
         raise typer.Exit(ExitCode.FAILED)
 
