@@ -143,7 +143,7 @@ JUDGEMENTS = {
     "absent": (
         findings.judge_models(replace(MODELS, absent=1), GIB),
         OK,
-        "1 of the configuration not downloaded",
+        "1 model of the configuration",
     ),
     "config": (findings.judge_config(replace(MODELS, files=("p.toml",))), OK, "p.toml is sound"),
     "config left out": (

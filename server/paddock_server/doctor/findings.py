@@ -354,7 +354,8 @@ def judge_models(models: Models, memory_bytes: int) -> list[Finding]:
         advice = "Put a GGUF file there, or name another directory with --models-dir."
         found.append(warning(area, f"none usable in {where}", advice))
     if models.absent:
-        found.append(ok(area, f"{models.absent} of the configuration not downloaded yet"))
+        absent = counted(models.absent, "model")
+        found.append(ok(area, f"{absent} of the configuration still to be downloaded"))
     if models.largest_bytes > memory_bytes:
         message = f"the largest has {size_text(models.largest_bytes)}, more than the memory there is"
         found.append(warning(area, message, "Take a smaller quantisation, or offload layers to a GPU."))
