@@ -341,6 +341,16 @@ def test_a_sleeping_model_whose_file_goes_is_gone(world: World) -> None:
     assert "a" not in world.models
 
 
+def test_a_sleeping_model_that_waits_to_wake_is_stopped_when_a_reload_does_not_find_it(world: World) -> None:
+    asleep(world)
+    waking = world.load("a")
+    world.tell("a", m.FileGone(reloading=True))
+    world.calm()
+    assert "a" not in world.models
+    assert not world.residency.held
+    assert world.answers[waking] == Reason.MODEL_NOT_FOUND
+
+
 def test_a_late_word_of_an_earlier_sleep_changes_nothing(world: World) -> None:
     loaded(world)
     before = world.models["a"].state
