@@ -383,7 +383,8 @@ async def test_a_load_that_fails_leaves_what_was_remembered_before_it(state_file
             for _ in range(2)
         ]
         worker = await server.launcher.worker(1)
-        assert read_state(state_file).loads == {"a": Wish({"slot_count": 8})}, "it is on its way"
+        on_its_way = {"a": Wish({"slot_count": 8})}
+        await until(lambda: read_state(state_file).loads == on_its_way)
         worker.fail(BAD_OPTION)
         await asyncio.wait(calls)
         assert all(isinstance(call.exception(), InvalidFieldError) for call in calls)
