@@ -156,6 +156,47 @@ async def test_a_context_left_open_is_chosen_to_fit_and_shown(models: Path) -> N
     assert 0 < model.runtime_options.context_size_tokens < trained
 
 
+async def ram_of(api: ModelManagerApi, **fields: Any) -> pb.DeviceMemory:
+    """Return what an estimate says of the main memory."""
+    return (await api.estimate_memory(pb.EstimateMemoryRequest(model="a", **fields))).devices[0]
+
+
+async def test_what_was_measured_corrects_estimates_and_survives_a_restart(
+    models: Path, tmp_path: Path
+) -> None:
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        before = await ram_of(api)
+        loaded = await load(api, "a")
+        after = await ram_of(api)
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        again = await ram_of(api)
+        other = await ram_of(api, runtime_options=model_pb2.RuntimeOptions(slot_count=3))
+    assert not before.measured
+    assert (after.measured, again.measured, other.measured) == (True, True, False)
+    assert after.needed_bytes == pytest.approx(loaded.worker.resident_bytes, rel=0.2)
+    assert again.needed_bytes == after.needed_bytes
+    assert other.needed_bytes == pytest.approx(before.needed_bytes, rel=0.1)
+
+
+async def test_the_first_load_after_a_restart_is_admitted_by_what_was_measured(
+    models: Path, tmp_path: Path
+) -> None:
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        estimated = (await ram_of(api)).needed_bytes
+        await load(api, "a")
+        measured = (await ram_of(api)).needed_bytes
+    assert measured + 4 * MIB < estimated, "a fake worker takes less than a real one"
+    budget = f"RAM={measured + 4 * MIB}"
+    async with serve(models, state_dir=None, memory_budget=budget) as api:
+        with pytest.raises(PaddockError) as caught:
+            await load(api, "a")
+        assert caught.value.reason == Reason.INSUFFICIENT_MEMORY
+    async with serve(models, state_dir=tmp_path, restore=False, memory_budget=budget) as api:
+        estimate = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        assert estimate.verdict == pb.MEMORY_VERDICT_FITS
+        assert (await load(api, "a")).state == LOADED
+
+
 async def test_a_waiter_whose_deadline_passes_costs_nothing(models: Path) -> None:
     """It leaves the queue, and the model nobody waits for any more is not loaded when room comes."""
     settings = {"models_dir": (models,), "grpc_port": 0, "state_dir": None, "models_max": 1}
