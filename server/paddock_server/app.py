@@ -77,7 +77,8 @@ async def serving(
         StartError: an address is taken, a model directory cannot be read, or a configuration file does not
             validate.
     """
-    looking = asyncio.create_task(MachineWatch().look(), name="look-at-machine")
+    watch = MachineWatch()
+    looking = asyncio.create_task(watch.look(), name="look-at-machine")
     try:
         catalog = await asyncio.to_thread(
             Catalog,
@@ -101,7 +102,7 @@ async def serving(
         predictor=MemoryPredictor(machine.placement, budget, measured, version=release),
         settings=lambda: _settings(config, budget),
     )
-    service = ModelManagerService(manager, version=release)
+    service = ModelManagerService(manager, version=release, machine=watch)
     async with measured.kept(), _running(config, catalog, manager, service, attach) as server:
         yield server
 

@@ -15,6 +15,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_manager_pb2_grpc, model_pb2
 from paddock_server.app import serving
 from paddock_server.config import ServerConfig
+from paddock_server.memory import MachineWatch
 from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
@@ -109,6 +110,22 @@ async def test_a_model_that_does_not_fit_beside_idle_ones_has_them_evicted(model
         await load(api, "a")
         await load(api, "b")
         assert await states(api) == {"a": UNLOADED, "b": LOADED, "c": UNLOADED}
+
+
+async def test_a_server_has_one_process_look_for_accelerators(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[MachineWatch] = []
+
+    async def asked(watch: MachineWatch) -> bytes:
+        probes.append(watch)
+        return b'{"gpus": [], "features": []}'
+
+    monkeypatch.setattr(MachineWatch, "_asked", asked)
+    async with serve(models) as api:
+        await api.get_server_info(pb.GetServerInfoRequest())
+        await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+    assert len(probes) == 1
 
 
 async def test_models_that_fit_stay_beside_each_other(models: Path) -> None:
