@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock.daemons import is_exposed
 from paddock_server.catalog import CatalogError, InvalidConfigError
+from paddock_server.config import default_hub_cache
 from paddock_server.doctor import findings, machine, network
 from paddock_server.doctor.findings import Finding, problem
 
@@ -114,7 +115,7 @@ def _models_and_memory(config: ServerConfig) -> list[Finding]:
 def _disks(config: ServerConfig) -> list[Finding]:
     places = [("models", path) for path in config.model_directories]
     places += [("state", config.state_dir)] if config.state_dir is not None else []
-    places.append(("hub cache", machine.hub_cache()))
+    places.append(("hub cache", default_hub_cache()))
     return findings.judge_disks(machine.disks(places))
 
 
