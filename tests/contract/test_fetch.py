@@ -4,10 +4,7 @@ no byte that has arrived is fetched again."""
 from __future__ import annotations
 
 import errno
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Generator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,7 +13,6 @@ import pytest
 
 from paddock.errors import PaddockError, Reason
 from paddock_server.catalog import parse_hub_name
-from paddock_server.config import default_hub_cache
 from paddock_server.downloads import transfer
 from paddock_server.downloads.fetcher import Fetch, Patience
 from paddock_server.downloads.hub import Hub
@@ -347,36 +343,3 @@ def test_a_branch_that_moves_is_noted_over_what_was_noted(fetched: Fetched) -> N
     for commit in ("a" * 40, "b" * 40):
         place.set_ref("main", commit)
         assert (fetched.folder / "refs" / "main").read_text() == commit
-
-
-_PRINTED = """
-import importlib, json, os, sys
-from huggingface_hub import constants
-given = json.loads(sys.argv[1])
-for environment in given:
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    print(importlib.reload(constants).HF_HUB_CACHE)
-"""
-
-
-def test_the_server_looks_for_the_cache_where_huggingface_hub_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    environments = [
-        {},
-        {"HF_HUB_CACHE": "~/a", "HF_HOME": "/b"},
-        {"HUGGINGFACE_HUB_CACHE": "/a/$HOME", "HF_HOME": "/b"},
-        {"HF_HOME": "~/$USER"},
-        {"XDG_CACHE_HOME": "/c"},
-    ]
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("USER", "me")
-    command = [sys.executable, "-c", _PRINTED, json.dumps(environments)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    for environment, expected in zip(environments, printed.stdout.splitlines(), strict=True):
-        with monkeypatch.context() as patch:
-            for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-                patch.delenv(name, raising=False)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            assert default_hub_cache() == Path(expected)
