@@ -112,7 +112,11 @@ class ModelManager:
         self._loop = ManagerLoop(self._residency, self._actors.get)
         self._desired = DesiredLoads(config.state_file)
         self._writer: asyncio.Task[None] | None = None
-        set_tools = self._set_tools(launcher, predictor or NoPrediction())
+        predicts = predictor or NoPrediction()
+        self.memory_measured = predicts.measured
+        """Gives the bytes that an earlier load of the same was measured to take, by device."""
+
+        set_tools = self._set_tools(launcher, predicts)
         registry_tools = RegistryTools(
             instance_id=self.instance_id,
             new_set=lambda entry: ReplicaSet(entry, set_tools),

@@ -21,9 +21,11 @@ from paddock_server.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from paddock_server.catalog import CatalogEntry
     from paddock_server.manager import ModelManager, WouldLoad
+    from paddock_server.manager.options import Options
     from paddock_server.memory import MachineWatch
 
 PART_KINDS: Final[Mapping[PartKind, pb.MemoryPartKind.ValueType]] = {
@@ -60,11 +62,15 @@ async def estimate_memory(
     would = await manager.would_load(load)
     machine = await watch.look()
     budget, held = _budget(machine, manager), manager.memory_held(without=would.entry.id)
-    return await asyncio.to_thread(_response, would, machine, budget, held)
+    return await asyncio.to_thread(_response, would, machine, budget, held, manager.memory_measured)
 
 
 def _response(
-    would: WouldLoad, machine: Machine, budget: Mapping[str, int], held: Mapping[str, int]
+    would: WouldLoad,
+    machine: Machine,
+    budget: Mapping[str, int],
+    held: Mapping[str, int],
+    measured: Callable[[CatalogEntry, Options], Mapping[str, int]],
 ) -> pb.EstimateMemoryResponse:
     """Say what all replicas take together: their number is an option of the load like any other."""
     shape, placement = shape_of(would.entry), machine.placement
@@ -72,7 +78,8 @@ def _response(
     options = sized_options(shape, would.options, placement, budget, keeps_slots=would.keeps_slots)
     found = estimate(shape, load_options(options), placement)
     count = options.replica_count
-    needed = {device: size * count for device, size in found.totals.items()}
+    known = measured(would.entry, options)
+    needed = {device: size * count for device, size in {**found.totals, **known}.items()}
     return pb.EstimateMemoryResponse(
         parts=[
             pb.MemoryPart(device=part.device, kind=PART_KINDS[part.kind], size_bytes=part.size_bytes * count)
@@ -84,6 +91,7 @@ def _response(
                 needed_bytes=needed.get(device.name, 0),
                 budget_bytes=budget[device.name],
                 held_bytes=held.get(device.name, 0),
+                measured=device.name in known,
             )
             for device in machine.devices
         ],
