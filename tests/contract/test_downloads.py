@@ -24,6 +24,8 @@ from paddock_server.app import serving
 from paddock_server.catalog import parse_hub_name
 from paddock_server.config import ServerConfig
 from paddock_server.downloads.process import FetcherCrashedError, FetcherLauncher, FetcherStalledError
+from paddock_server.downloads.removal import remove_model
+from paddock_server.manager import hub as hub_module
 from tests.fakes.hub import FakeHub, Fault, Repo, digest_of, running_hub
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
@@ -484,6 +486,34 @@ async def test_a_loaded_model_is_not_deleted_and_an_unloaded_one_frees_its_bytes
     assert not list((world / "models--org--noise-GGUF" / "blobs").iterdir())
     assert (await refused(api.delete(pb.DeleteRequest(model=ID)))).reason == Reason.MODEL_NOT_FOUND
     assert (await api.delete(pb.DeleteRequest(model=ID, allow_missing=True))).freed_bytes == 0
+
+
+async def test_a_deletion_once_begun_goes_on_without_its_caller(
+    api: GrpcApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await download(api)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> int:
+        begun.set()
+        assert go_on.wait(WAY_OUT_SECONDS)
+        return remove_model(*arguments)
+
+    monkeypatch.setattr(hub_module, "remove_model", slowly)
+    deletion = asyncio.create_task(api.delete(pb.DeleteRequest(model=ID)))
+    assert await asyncio.to_thread(begun.wait, WAY_OUT_SECONDS)
+    deletion.cancel()
+    await asyncio.wait({deletion})
+    assert list(await listed(api)) == [ID], "by now the server has heard that the caller is gone"
+    go_on.set()
+
+    async with (
+        asyncio.timeout(WAY_OUT_SECONDS),
+        aclosing(api.watch(pb.WatchRequest(models=[ID]))) as events,
+    ):
+        async for event in events:
+            if event.deleted.model == ID or (event.HasField("synced") and not await listed(api)):
+                break
 
 
 async def test_what_another_revision_uses_is_kept(api: GrpcApi, hub: FakeHub, content: bytes) -> None:

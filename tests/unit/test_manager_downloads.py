@@ -20,6 +20,7 @@ from paddock_server.manager.progress import Subscription
 if TYPE_CHECKING:
     from pathlib import Path
 
+WAY_OUT_SECONDS = 5.0
 RESOLVED = Resolved("a" * 40, "m-Q8_0.gguf", "Q8_0", 100, ["b" * 40])
 
 
@@ -30,6 +31,11 @@ class Fetchers(FetcherLauncher):
     waiting: dict[HubRef, asyncio.Event] = field(default_factory=dict[HubRef, asyncio.Event])
     started: list[HubRef] = field(default_factory=list[HubRef])
     crashing: bool = False
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, as at first, when a fetcher that is killed is dead at once."""
+
+    def __post_init__(self) -> None:
+        self.dead.set()
 
     async def run(self, ref: HubRef, receive: Callable[[Message], None]) -> Done | Failed:
         """Resolve, wait until the test says so, and be done."""
@@ -39,7 +45,10 @@ class Fetchers(FetcherLauncher):
             raise FetcherCrashedError(message)
         receive(RESOLVED)
         receive(Advanced(verifying=False, completed_bytes=50, total_bytes=100))
-        await self.waiting.setdefault(ref, asyncio.Event()).wait()
+        try:
+            await self.waiting.setdefault(ref, asyncio.Event()).wait()
+        finally:
+            await self.dead.wait()
         return Done(cached=False)
 
 
@@ -139,6 +148,28 @@ async def test_stopping_the_server_ends_all_who_wait(tmp_path: Path) -> None:
     assert [end.reason for end in ends if isinstance(end, PaddockError)] == [Reason.SHUTTING_DOWN] * 4
     with pytest.raises(PaddockError, match="shutting down"):
         world.join("org/e")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_a_stop_once_begun_goes_on_without_its_caller(world: World, keep: bool) -> None:
+    follower = world.join("org/a")
+    await settle()
+    (job,) = world.downloads.jobs()
+    world.fetchers.dead.clear()
+    stopping = asyncio.create_task(world.downloads.halt(job, keep=keep))
+    await settle()
+    stopping.cancel()
+    await settle()
+    world.fetchers.dead.set()
+
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        with pytest.raises(PaddockError) as caught:
+            await to_end(follower)
+        async with job.stopping:
+            pass
+    assert caught.value.reason == Reason.LOAD_ABORTED
+    assert job.state is JobState.PAUSED
+    assert world.downloads.jobs() == ([job] if keep else [])
 
 
 async def test_the_rate_is_that_of_the_last_seconds() -> None:

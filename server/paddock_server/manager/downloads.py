@@ -26,6 +26,7 @@ from paddock_server.downloads.removal import remove_partial
 from paddock_server.downloads.store import DownloadStore, Unfinished
 from paddock_server.manager import failure as failures
 from paddock_server.manager.progress import LoadView, Subscription
+from paddock_server.manager.unattended import Unattended
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,6 +199,7 @@ class Downloads:
         self._gone = gone
         self._jobs: dict[HubRef, Job] = {}
         self._places = asyncio.Semaphore(RUNNING_MAX)
+        self._stops = Unattended()
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -220,6 +222,7 @@ class Downloads:
         """Stop every download where it is; the next server goes on with them."""
         self._closing = True
         await asyncio.gather(*(self._halt(job) for job in self._jobs.values()))
+        await self._stops.ended(STOP_SECONDS)
         for job in self._jobs.values():
             job.view.fail(failures.shutting_down())
         self._store.close()
@@ -271,7 +274,13 @@ class Downloads:
                 raise job.failure.error()
 
     async def halt(self, job: Job, *, keep: bool) -> int:
-        """Pause a download, or cancel it and remove what has arrived. Returns bytes freed."""
+        """Pause a download, or cancel it and remove what has arrived. Returns bytes freed.
+
+        Cancelling leaves: whoever follows the download is told of its end all the same.
+        """
+        return await self._stops.run(self._stopped(job, keep=keep), f"stop-{job.id}")
+
+    async def _stopped(self, job: Job, *, keep: bool) -> int:
         async with job.stopping:
             await self._halt(job)
             if self._jobs.get(job.ref) is not job:

@@ -19,10 +19,11 @@ from paddock_server.catalog.hub_names import HUB_PREFIX, NoSuchFileError, choose
 from paddock_server.downloads.process import FetcherLauncher
 from paddock_server.downloads.removal import finish_removals, remove_model
 from paddock_server.manager import failure as failures
-from paddock_server.manager.downloads import Asking, Downloads, Job, artifact_state
+from paddock_server.manager.downloads import STOP_SECONDS, Asking, Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.replica_set import ReplicaSet
+from paddock_server.manager.unattended import Unattended
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -77,6 +78,7 @@ class HubModels:
     def __init__(self, tools: HubTools) -> None:
         self._tools = tools
         self._waiting: set[_Waiting] = set()
+        self._deletions = Unattended()
         self._downloads: Downloads | None = None
         if tools.cache_dir is not None:
             self._downloads = Downloads(
@@ -104,9 +106,10 @@ class HubModels:
             await self._downloads.start(resume=resume)
 
     async def stop(self) -> None:
-        """Stop downloads where they are."""
+        """Stop downloads where they are; deletions end by themselves."""
         if self._downloads is not None:
             await self._downloads.stop()
+        await self._deletions.ended(STOP_SECONDS)
 
     # Names
 
@@ -406,9 +409,14 @@ class HubModels:
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Delete a model's files, apart from those that another revision uses, and forget its download.
 
+        Cancelling leaves: a model whose files are going is not listed with them.
+
         Raises:
             PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
         """
+        return await self._deletions.run(self._deleted(request), f"delete-{request.model}")
+
+    async def _deleted(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         model = self._tools.id_of(request.model)
         replicas = self._tools.models.get(model)
         job = self._job_named(request.model)
