@@ -530,6 +530,25 @@ async def test_what_another_revision_uses_is_kept(api: GrpcApi, hub: FakeHub, co
     assert (first.freed_bytes, second.freed_bytes) == (0, len(content))
 
 
+async def test_a_file_that_a_running_download_needs_outlives_the_model_it_came_with(
+    api: GrpcApi, hub: FakeHub, world: Path, content: bytes
+) -> None:
+    projector = "mmproj-F16.gguf"
+    hub.repos[REPO].files |= {"noise-Q8_0.gguf": content + b"!", projector: b"GGUF" * 1000}
+    await download(api, f"hf:{REPO}:Q8_0")
+    gate = Gate(hub, hub.served_bytes + len(content) // 2)
+    other = asyncio.create_task(download(api))
+    await gate.wait_reached()
+
+    await api.delete(pb.DeleteRequest(model=f"{REPO}:Q8_0"))
+    gate.opened.set()
+    await other
+
+    links = await asyncio.to_thread(lambda: [link.exists() for link in world.rglob("mmproj*")])
+    assert links == [True], "the projector has been removed under the download"
+    assert list(await listed(api)) == [ID]
+
+
 async def test_offline_the_cache_is_served_and_nothing_else(
     hub: FakeHub, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,10 +119,6 @@ class Fetch:
         with transfer.disk_errors(self._hub.cache_dir):
             if not cached:
                 self._fetch(listing, files, place, total)
-            # The first shard last: from then on it is a model.
-            for file in reversed(files):
-                if not place.is_linked(file, listing.commit):
-                    place.link(file, listing.commit)
             if self._ref.revision != listing.commit:
                 place.set_ref(self._ref.revision, listing.commit)
         self._send(Done(cached))
@@ -175,6 +171,11 @@ class Fetch:
                 if not place.is_whole(file):  # two names of one content
                     transfer.verify(file, place, reporter.add)
             reporter.tell()
+            # Before the locks go: what no link leads to may be removed. The first shard last: from then on
+            # it is a model.
+            for file in reversed(files):
+                if not place.is_linked(file, listing.commit):
+                    place.link(file, listing.commit)
 
     def _fetch_file(self, commit: str, file: RepoFile, place: Place) -> None:
         from paddock_server.downloads import transfer
