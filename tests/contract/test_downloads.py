@@ -215,6 +215,25 @@ async def test_a_request_waits_for_a_download_that_somebody_has_begun(
     await stream.aclose()
 
 
+@pytest.mark.parametrize("limit", ["queue_limit", "total_queue_limit"])
+async def test_no_more_requests_wait_for_a_download_than_for_a_load(
+    world: Path, tmp_path: Path, hub: FakeHub, content: bytes, limit: str
+) -> None:
+    async with server(tmp_path, None, **{limit: 2}) as api:
+        gate = Gate(hub, len(content) // 2)
+        running = asyncio.create_task(download(api))
+        await gate.wait_reached()
+        embed = pb.EmbedRequest(model=NAME, texts=["hi"])
+        waiting = [asyncio.create_task(api.embed(embed)) for _ in range(3)]
+        await asyncio.wait(waiting, timeout=WAY_OUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task.exception() for task in waiting if task.done()]
+        gate.opened.set()
+        await running
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert [error.reason for error in ended if isinstance(error, PaddockError)] == [Reason.QUEUE_FULL]
+
+
 async def test_a_request_loads_a_hub_name_unless_it_may_not(downloading_api: GrpcApi, hub: FakeHub) -> None:
     api = downloading_api
     request = pb.GenerateRequest(model=NAME, prompt="hi", stop=gen.StopParams(max_tokens=2))

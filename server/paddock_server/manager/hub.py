@@ -198,19 +198,22 @@ class HubModels:
                     subscription.push(event)
         return self._arrived(wanted)
 
-    async def ensure(self, wanted: Wanted, *, may_begin: bool) -> str:
+    async def ensure(self, wanted: Wanted, *, may_begin: bool, waiters_max: int) -> str:
         """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
         With `may_begin` False it only waits for a download that runs.
 
         Raises:
-            PaddockError: MODEL_NOT_LOADED it may not begin a download, and none runs; the download
-                failed, or had been paused: a request resumes nothing that an operator has stopped, and does
-                not repeat what cannot work.
+            PaddockError: QUEUE_FULL so many requests wait for it already; MODEL_NOT_LOADED it may not begin a
+                download, and none runs; the download failed, or had been paused: a request resumes nothing
+                that an operator has stopped, and does not repeat what cannot work.
         """
         job = self._required().find(wanted.ref, wanted.ref.name)
         if not may_begin and (job is None or not job.is_active):
             raise failures.not_downloaded(wanted.name).error()
+        waiting = sum(one.asking is Asking.REQUEST and one.wanted.ref == wanted.ref for one in self._waiting)
+        if waiting >= waiters_max:
+            raise failures.queue_full(wanted.name, waiting).error()
         with self._waiting_for(wanted, Asking.REQUEST) as follower:
             while await follower.next() is not None:
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -48,7 +49,7 @@ from paddock_server.manager.sources import (
 from paddock_server.manager.state import ActorState, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
     from typing import Any
 
     from structlog.typing import FilteringBoundLogger
@@ -395,13 +396,28 @@ class ModelManager:
         if wanted is not None:
             if not allowed:
                 raise failures.model_not_loaded(model).error()
-            model = await self.hub.ensure(wanted, may_begin=self._config.autoload_downloads)
+            with self._one_more_waits(model):
+                model = await self.hub.ensure(
+                    wanted,
+                    may_begin=self._config.autoload_downloads,
+                    waiters_max=self._config.queue_limit,
+                )
         replicas = await self._to_load(model)
-        if not replicas.serves and self._waiting >= self._config.waiting_requests_max:
+        with self._one_more_waits(model, unless=replicas.serves):
+            return await replicas.acquire(keep_alive_seconds, autoload=allowed)
+
+    @contextlib.contextmanager
+    def _one_more_waits(self, model: str, *, unless: bool = False) -> Generator[None]:
+        """Count a request that waits for a model, or for its download, among those of all models.
+
+        Raises:
+            PaddockError: QUEUE_FULL, as many as may do already; not with `unless`.
+        """
+        if not unless and self._waiting >= self._config.waiting_requests_max:
             raise failures.too_many_requests_wait(model, self._waiting).error()
         self._waiting += 1
         try:
-            return await replicas.acquire(keep_alive_seconds, autoload=allowed)
+            yield
         finally:
             self._waiting -= 1
 
