@@ -134,6 +134,16 @@ async def test_waiting_requests_are_taken_over_by_the_first_that_serves(server: 
     assert (await now(server)).waiting_request_count == 0
 
 
+async def test_a_replica_whose_requests_were_taken_over_comes_up_all_the_same(server: Server) -> None:
+    await loads(server.manager, "b", runtime_options=replicas(2))
+    held = [await server.manager.acquire("b") for _ in range(2)]
+    leases = await acquire(server, 4)
+    assert of_worker(leases) == [4], "there was room for one"
+    for lease in held:
+        lease.release()
+    await until(lambda: is_whole(server))
+
+
 async def test_a_load_fails_with_the_first_failure_and_what_came_up_serves(server: Server) -> None:
     server.launcher.slow.add("a")
     loading = asyncio.create_task(loads(server.manager, "a"))
@@ -156,6 +166,18 @@ async def test_replicas_that_do_not_fit_beside_each_other_are_refused_at_once() 
         assert "\0" not in f"{caught.value.message}{caught.value.metadata}"
         model = await now(server)
         assert (model.state, pids(model)) == (model_pb2.MODEL_STATE_LOADED, [1000])
+
+
+async def test_a_replica_that_found_no_room_is_not_tried_again_for_every_request() -> None:
+    server = Server("a", models_max=1)
+    configured(server, 2)
+    async with server:
+        with pytest.raises(PaddockError, match="does not fit beside"):
+            await loads(server.manager, "a")
+        _, before = server.manager.snapshots()
+        await acquire(server, 6)
+        await server.manager.pin(pb.PinRequest(model="a", unpin=True))  # By now all has been read.
+        assert server.manager.snapshots()[1] == before, "no replica has tried to load"
 
 
 async def test_an_evicted_replica_comes_back_when_the_others_are_full(server: Server) -> None:
@@ -282,3 +304,22 @@ async def test_the_number_of_replicas_outlives_the_server(tmp_path: Any) -> None
             if not (tmp_path / "loads.json").exists():
                 await loads(server.manager, "a", runtime_options=replicas(2))
             await until(lambda: len(server.manager.snapshots()[0][0].workers) == 2)
+
+
+async def test_a_replica_that_a_reload_adds_as_the_server_stops_is_stopped_too() -> None:
+    server = Server("a")
+    configured(server, 1)
+    await server.manager.start()
+    await loads(server.manager, "a")
+    configured(server, 2)
+    await server.manager.reload()
+    async with asyncio.timeout(5):
+        await server.manager.stop(drain_seconds=0)
+    assert all(worker.exited.done() for worker in server.launcher.workers)
+
+
+async def test_who_pins_a_model_that_goes_in_this_moment_is_answered(server: Server) -> None:
+    del server.catalog.entries["a"]
+    await server.manager.reload()
+    pinning = server.manager.pin(pb.PinRequest(model="a"))
+    assert (await pinning).model.id == "a"

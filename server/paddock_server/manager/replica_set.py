@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from paddock.errors import PaddockError
 from paddock.v1 import model_manager_pb2 as pb
@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from paddock_server.manager.options import Terms
 
     Response = TypeVar("Response")
+
+
+HELD_OFF_SECONDS: Final = 10.0
+"""Least time from a replica's load that failed to the next one that requests begin while others serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ class ReplicaSet:
         self._retiring: set[Actor] = set()
         self._seats: dict[Acquiring, Actor] = {}
         self._shown_state: model_pb2.ModelState.ValueType = model_pb2.MODEL_STATE_UNSPECIFIED
+        self._last = model_pb2.Model(id=entry.id)
+        self._closing: CloseAsked | None = None
         first = self._add(entry)
         self._resize(first.state.defaults.replica_count)
         self.show()
@@ -187,7 +193,9 @@ class ReplicaSet:
         return state_of([public_state(actor.state) for actor in self._actors.values()])
 
     def snapshot(self) -> model_pb2.Model:
-        """Return the model as the world sees it now."""
+        """Return the model as the world sees it now; once it is gone, as it was last."""
+        if not self._actors:
+            return self._last
         in_order = sorted(self._actors.values(), key=lambda actor: actor in self._retiring)
         return merged([actor.snapshot() for actor in in_order])
 
@@ -217,6 +225,7 @@ class ReplicaSet:
 
     def forget(self, replica: str) -> None:
         """A replica is gone for good; with the last one, the model is."""
+        self._last = self.snapshot()
         self._retiring.discard(self._actors.pop(replica))
         self._tools.ended(replica)
         if self._actors:
@@ -234,6 +243,8 @@ class ReplicaSet:
         actor = Actor(entry, self._tools.new_state(entry), self._tools.tools_of(replica), home, self.log_ring)
         self._actors[replica] = actor
         self._tools.started(replica, actor)
+        if self._closing is not None:
+            actor.tell(self._closing)
         return actor
 
     def _resize(self, count: int) -> list[Actor]:
@@ -311,7 +322,7 @@ class ReplicaSet:
                     continue  # It has been moved already, or has just gone.
                 target = actors[route(self._views(actors)).replica]
                 self._seats[caller] = target
-                actors[place].tell(CallerLeft(caller))
+                actors[place].tell(CallerLeft(caller, moved=True))
                 target.tell(AcquireAsked(caller, autoload=True))
 
     def _views(self, actors: Sequence[Actor]) -> list[ReplicaView]:
@@ -324,7 +335,7 @@ class ReplicaSet:
                 actor.serves,
                 actor.demand,
                 (actor.state.effective or actor.state.options).slot_count,
-                actor.state.refusal(now) is not None,
+                actor.state.refusal(now) is not None or _failed_since(actor.state, now - HELD_OFF_SECONDS),
                 len(actor.state.waiters),
                 actor in self._retiring,
             )
@@ -403,7 +414,7 @@ class ReplicaSet:
         if alone:
             return responses[0]
         aborted = sum(response.aborted_request_count for response in responses)
-        return pb.UnloadResponse(model=self._last_snapshot(responses[0].model), aborted_request_count=aborted)
+        return pb.UnloadResponse(model=self.snapshot(), aborted_request_count=aborted)
 
     async def sleep(self) -> pb.SleepResponse:
         """Have all replicas give their memory back; returns when they have.
@@ -419,11 +430,7 @@ class ReplicaSet:
         responses: list[pb.SleepResponse] = await _answers(awake, SleepAsked)
         if len(actors) == 1:
             return responses[0]
-        return pb.SleepResponse(model=self._last_snapshot(responses[0].model))
-
-    def _last_snapshot(self, known: model_pb2.Model) -> model_pb2.Model:
-        """Return the model as it is now; what is known of it, when it is gone since."""
-        return self.snapshot() if self._actors else known
+        return pb.SleepResponse(model=self.snapshot())
 
     async def set_terms(self, terms: Terms) -> None:
         """Change the terms on which the model stays in memory; returns when all replicas have taken note."""
@@ -441,8 +448,9 @@ class ReplicaSet:
 
     def close(self, drain_seconds: float) -> None:
         """Have all replicas end, as the server stops."""
+        self._closing = CloseAsked(drain_seconds)
         for actor in self.actors:
-            actor.tell(CloseAsked(drain_seconds))
+            actor.tell(self._closing)
 
     async def closed(self) -> None:
         """Wait until no replica has anything left to do."""
@@ -470,6 +478,10 @@ async def _answers(
     if refusals:
         raise refusals[0]
     return [reply.result() for reply in replies]
+
+
+def _failed_since(state: ActorState, since: float) -> bool:
+    return state.phase is Phase.FAILED and state.begun_at > since
 
 
 def _places(actors: Sequence[Actor], some: set[Actor]) -> set[int]:
