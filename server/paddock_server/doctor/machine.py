@@ -13,11 +13,11 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
 from paddock_server.catalog import Catalog
+from paddock_server.catalog.hub_names import without_credentials
 from paddock_server.doctor.findings import (
     UNLIMITED,
     Build,
@@ -230,12 +230,3 @@ def hub() -> Hub:
         cache_fault=write_fault(hub_cache()),
         token_from=variable or (str(file) if file.is_file() else ""),
     )
-
-
-def without_credentials(url: str) -> str:
-    """Return an address without a user and a password in it."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "not an address"
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

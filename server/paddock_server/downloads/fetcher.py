@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from paddock_server.downloads.transfer import Place
 
 ResultT = TypeVar("ResultT")
+
+MEMORY_BYTES: Final = 1024 * 1024 * 1024
+"""Memory a fetcher may have. Files pass through in pieces; the bound is for a hub whose list of files has no
+end."""
 
 ADVANCE_SECONDS: Final = 0.25
 """Least time between two messages about progress."""
@@ -217,7 +222,7 @@ class Fetch:
             self._reporter.tell()
 
     def _unreachable(self, error: TransientError) -> PaddockError:
-        metadata = {"repo_id": self._ref.repo_id, "endpoint": self._hub.endpoint}
+        metadata = {"repo_id": self._ref.repo_id, "endpoint": self._hub.shown_endpoint}
         if error.status:
             metadata["status"] = str(error.status)
         return make_error(
@@ -247,6 +252,7 @@ def main() -> NoReturn:
     parser.add_argument("--parent-pid", type=int, required=True, help="process id of the server")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
+    _limit_memory()
     # Plain HTTP resumes at any byte and works with every endpoint; xet needs the hub's own.
     os.environ["HF_HUB_DISABLE_XET"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -261,6 +267,12 @@ def main() -> NoReturn:
         message = f"The hub's cache cannot be written: {error.strerror} ({error.filename})."
         _send(failed(make_error(Reason.INTERNAL, message, metadata={"path": str(error.filename)})))
     sys.exit(0)
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _send(message: Message) -> None:

@@ -23,13 +23,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import hf_raise_for_status
 
 from paddock.errors import PaddockError, Reason, make_error
-from paddock_server.catalog.hub_names import is_commit, is_digest
+from paddock_server.catalog.hub_names import is_commit, is_digest, without_credentials
 
 if TYPE_CHECKING:
     from paddock_server.catalog import HubRef
 
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 _MAX_FILES: Final = 100_000
+_MAX_NAME_BYTES: Final = 255
+"""What disks take for one part of a path."""
 
 
 class TransientError(Exception):
@@ -76,7 +78,12 @@ class Hub:
     read_timeout_seconds: float = 20.0
 
     def __repr__(self) -> str:
-        return f"Hub({self.endpoint!r})"
+        return f"Hub({self.shown_endpoint!r})"
+
+    @property
+    def shown_endpoint(self) -> str:
+        """The endpoint for messages: without the name and the password that it may have."""
+        return without_credentials(self.endpoint)
 
     @classmethod
     def from_environment(cls) -> Hub:
@@ -147,16 +154,16 @@ class Hub:
         except HfHubHTTPError as error:
             raise self._of_status(ref, path, error) from None  # its text may hold a signed address
         except httpx2.RequestError as error:
-            message = f"The connection to {self.endpoint} failed: {error or type(error).__name__}."
+            message = f"The connection to {self.shown_endpoint} failed: {error or type(error).__name__}."
             raise TransientError(message) from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError, MemoryError) as error:
             raise self._unusable(ref, f"its answer cannot be read ({type(error).__name__})") from error
 
     def _of_status(self, ref: HubRef, path: str, error: HfHubHTTPError) -> Exception:
         status = error.response.status_code
         if status in _TRANSIENT_STATUSES or status >= 500:
             after = _seconds(error.response.headers.get("Retry-After"))
-            message = f"{self.endpoint} answered with HTTP status {status}."
+            message = f"{self.shown_endpoint} answered with HTTP status {status}."
             return TransientError(message, retry_after_seconds=after, status=status)
         if isinstance(error, GatedRepoError) or status in {401, 403}:
             unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
@@ -164,7 +171,7 @@ class Hub:
             message = (
                 f"The repository {ref.repo_id!r} {why} needs the token of an account that may read it "
                 f"(HTTP status {status}). Accept its licence, if it has one, on "
-                f"{self.endpoint}/{ref.repo_id}, and give the server the token in HF_TOKEN or with "
+                f"{self.shown_endpoint}/{ref.repo_id}, and give the server the token in HF_TOKEN or with "
                 "`hf auth login`."
             )
             return _error(Reason.HUB_ACCESS_DENIED, message, ref, status=str(status))
@@ -175,12 +182,12 @@ class Hub:
             message = f"The repository {ref.repo_id!r} has no file {path!r}."
             return _error(Reason.HUB_FILE_NOT_FOUND, message, ref, file=path)
         if status == 404:
-            message = f"There is no repository {ref.repo_id!r} on {self.endpoint}."
+            message = f"There is no repository {ref.repo_id!r} on {self.shown_endpoint}."
             return _error(Reason.HUB_FILE_NOT_FOUND, message, ref)
         return self._unusable(ref, f"it answered with HTTP status {status}", status=str(status))
 
     def _unusable(self, ref: HubRef, what: str, **metadata: str) -> PaddockError:
-        message = f"{self.endpoint} does not work as a hub: {what}. Check HF_ENDPOINT."
+        message = f"{self.shown_endpoint} does not work as a hub: {what}. Check HF_ENDPOINT."
         return _error(Reason.HUB_UNREACHABLE, message, ref, **metadata)
 
 
@@ -195,7 +202,9 @@ def _error(reason: Reason, message: str, ref: HubRef, **metadata: str) -> Paddoc
 
 def _is_inside(path: str) -> bool:
     pure = PurePosixPath(path)
-    return bool(pure.parts) and path.isprintable() and not pure.is_absolute() and ".." not in pure.parts
+    if not pure.parts or not path.isprintable() or pure.is_absolute() or ".." in pure.parts:
+        return False
+    return all(len(part.encode()) <= _MAX_NAME_BYTES for part in pure.parts)
 
 
 def _seconds(header: str | None) -> float | None:
