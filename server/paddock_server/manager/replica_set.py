@@ -320,7 +320,10 @@ class ReplicaSet:
             for caller in actors[place].state.waiters:
                 if not isinstance(caller, Acquiring) or self._seats.get(caller) is not actors[place]:
                     continue  # It has been moved already, or has just gone.
-                target = actors[route(self._views(actors)).replica]
+                views = self._views(actors)
+                if place not in left_waiting(views):
+                    break  # The last free slot has been taken.
+                target = actors[route(views).replica]
                 self._seats[caller] = target
                 actors[place].tell(CallerLeft(caller, moved=True))
                 target.tell(AcquireAsked(caller, autoload=True))
