@@ -568,6 +568,25 @@ async def test_a_file_that_a_running_download_needs_outlives_the_model_it_came_w
     assert list(await listed(api)) == [ID]
 
 
+async def test_two_servers_with_one_cache_fetch_each_byte_once_and_leave_each_other_s_alone(
+    api: GrpcApi, hub: FakeHub, content: bytes, tmp_path: Path
+) -> None:
+    gate = Gate(hub, len(content) // 2)
+    first = asyncio.create_task(download(api))
+    await gate.wait_reached()
+    async with server(tmp_path, state_dir=tmp_path / "other") as other:
+        second = asyncio.create_task(refused(download(other)))
+        await until(other, ID, lambda model: model.download.total_bytes > 0)
+        await other.stop_download(pb.StopDownloadRequest(model=ID, mode=pb.STOP_DOWNLOAD_MODE_CANCEL))
+        assert (await second).reason == Reason.LOAD_ABORTED
+        third = asyncio.create_task(download(other))
+        gate.opened.set()
+
+        assert (await first)[-1].downloaded.id == ID
+        assert (await third)[-1].downloaded.id == ID
+    assert hub.served_bytes == len(content)
+
+
 async def test_offline_the_cache_is_served_and_nothing_else(
     hub: FakeHub, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
