@@ -27,7 +27,7 @@ test-slow: setup tools ## The tests that take long.
 	@$(WITH_TOOLS) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 machine: setup ## The manager's rules under a million random steps of callers, workers and the clock.
-	@PADDOCK_MACHINE_EXAMPLES=$${PADDOCK_MACHINE_EXAMPLES:-20000} $(BIN)/python -m pytest --timeout=0 \
+	@PADDOCK_MACHINE_EXAMPLES=$${PADDOCK_MACHINE_EXAMPLES:-20000} $(BIN)/python -m pytest --timeout=0 -o faulthandler_timeout=0 \
 		tests/unit/test_manager_machine.py
 
 check: lint types imports protos ## Every check but the tests.

@@ -10,6 +10,7 @@ from paddock.errors import Reason
 from paddock_server.manager import messages as m
 from paddock_server.manager.admission import device_bytes
 from paddock_server.manager.options import Wish
+from paddock_server.manager.replicas import replica_id
 from paddock_server.manager.state import Phase
 from paddock_server.memory import RAM
 from tests.unit.manager_world import ASLEEP_SIZE, LIMITS, NO_WISH, PATIENCE, Worker, World
@@ -340,6 +341,16 @@ def test_a_sleeping_model_whose_file_goes_is_gone(world: World) -> None:
     assert "a" not in world.models
 
 
+def test_a_sleeping_model_that_waits_to_wake_is_stopped_when_a_reload_does_not_find_it(world: World) -> None:
+    asleep(world)
+    waking = world.load("a")
+    world.tell("a", m.FileGone(reloading=True))
+    world.calm()
+    assert "a" not in world.models
+    assert not world.residency.held
+    assert world.answers[waking] == Reason.MODEL_NOT_FOUND
+
+
 def test_a_late_word_of_an_earlier_sleep_changes_nothing(world: World) -> None:
     loaded(world)
     before = world.models["a"].state
@@ -347,3 +358,19 @@ def test_a_late_word_of_an_earlier_sleep_changes_nothing(world: World) -> None:
     world.calm()
     assert replace(world.models["a"].state) == before
     assert Worker.READY in world.models["a"].workers.values()
+
+
+def test_a_replica_that_does_not_fit_beside_another_and_a_pinned_model_is_refused() -> None:
+    second = replica_id("a", 1)
+    world = World(("a", "b", second), models_max=2)
+    loaded(world)
+    loaded(world, "b")
+    world.pin("b")
+    world.calm()
+    caller = world.acquire(second)
+    world.calm()
+    assert world.answers[caller] == Reason.INSUFFICIENT_MEMORY
+    failure = world.models[second].state.failure
+    assert failure is not None
+    assert (failure.metadata["replica_count"], failure.metadata["pinned"]) == ("1", "b")
+    assert "'b', which is pinned" in failure.message

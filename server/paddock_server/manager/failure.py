@@ -249,23 +249,29 @@ def _told(figures: Mapping[str, str]) -> str:
 
 def no_room_beside_pinned(model: str, pinned: Sequence[str], figures: Mapping[str, str]) -> Failure:
     """Return the refusal of a load that pinned models leave no room for."""
-    names = " and ".join(repr(name) for name in pinned)
     return Failure(
         Reason.INSUFFICIENT_MEMORY,
-        f"Model {model!r} does not fit beside {names}, which {'is' if len(pinned) == 1 else 'are'} pinned: "
-        f"{_told(figures)}. Unpin or unload one.",
+        f"Model {model!r} does not fit beside {_pinned(pinned)}: {_told(figures)}. Unpin or unload one.",
         {"model": model, "pinned": ",".join(pinned), **figures},
     )
 
 
-def no_room_beside_replicas(model: str, count: int, figures: Mapping[str, str]) -> Failure:
-    """Return the refusal of a replica that others of its model, `count` of them, leave no room for."""
+def no_room_beside_replicas(
+    model: str, count: int, pinned: Sequence[str], figures: Mapping[str, str]
+) -> Failure:
+    """Return the refusal of a replica that others of its model, `count` of them, leave no room for, alone or
+    together with pinned models."""
+    beside = f"{count} and {_pinned(pinned)}" if pinned else f"{count}"
+    advice = "Ask for fewer replicas, or unpin or unload one." if pinned else "Ask for fewer replicas."
     return Failure(
         Reason.INSUFFICIENT_MEMORY,
-        f"Another replica of model {model!r} does not fit beside {count}: {_told(figures)}. "
-        "Ask for fewer replicas.",
-        {"model": model, "replica_count": str(count), **figures},
+        f"Another replica of model {model!r} does not fit beside {beside}: {_told(figures)}. {advice}",
+        {"model": model, "replica_count": str(count), "pinned": ",".join(pinned), **figures},
     )
+
+
+def _pinned(names: Sequence[str]) -> str:
+    return f"{' and '.join(repr(name) for name in names)}, which {'is' if len(names) == 1 else 'are'} pinned"
 
 
 def too_many_downloads(model: str, count: int) -> Failure:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from paddock_server.manager.admission import Admission
+    from paddock_server.manager.failure import Failure
 
 
 class Look(NamedTuple):
@@ -161,48 +162,48 @@ class Residency:
         ):
             return [], None
         looks = {model: look(model) for model in self._held}
-        refusals = [*self._refuse_beside_replicas(looks), *self._refuse_beside_pinned(looks)]
+        refusals = list(self._refuse_without_prospect(looks))
         residents = [self._resident(model, holding, looks[model]) for model, holding in self._held.items()]
         waiting = [Waiting(model, entry.cost, entry.since) for model, entry in self._waiting.items()]
         chosen = plan(residents, waiting, self._admission, now, self._patience)
         return [*refusals, *self._carry_out(chosen)], chosen.wake_at
 
-    def _refuse_beside_replicas(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
-        """Turn away replicas that would wait for room that others of their model hold."""
-        for replica, entry in list(self._waiting.items()):
-            others = {
-                name: holding.cost
-                for name, holding in self._held.items()
-                if name != replica and model_of(name) == model_of(replica) and self._stays(name, looks[name])
+    def _refuse_without_prospect(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
+        """Turn away who would wait for room that nobody makes: pinned models, and replicas for another one of
+        their model."""
+        for name, entry in list(self._waiting.items()):
+            pinned: dict[str, Cost] = {
+                other: self._held[other].cost
+                for other, look in looks.items()
+                if other != name and look is not None and look.terms.pinned and look.phase in _STAYING
             }
-            if others and not self._admission.fits(others.values(), entry.cost):
-                del self._waiting[replica]
-                model = model_of(replica)
-                failure = failures.no_room_beside_replicas(model, len(others), self._figures(others, entry))
-                yield Order(replica, AdmissionRefused(entry.ticket, failure))
+            replicas: dict[str, Cost] = {
+                other: self._held[other].cost
+                for other, look in looks.items()
+                if other != name and model_of(other) == model_of(name) and self._stays(other, look)
+            }
+            if self._admission.fits((pinned | replicas).values(), entry.cost):
+                continue
+            del self._waiting[name]
+            failure = self._no_room(model_of(name), entry.cost, pinned, replicas)
+            yield Order(name, AdmissionRefused(entry.ticket, failure))
+
+    def _no_room(self, model: str, cost: Cost, pinned: dict[str, Cost], replicas: dict[str, Cost]) -> Failure:
+        """Say beside whom a model does not fit, and beside no more than it takes for that."""
+        fits = self._admission.fits
+        if replicas and not fits(replicas.values(), cost):
+            pinned = {}
+        elif not fits(pinned.values(), cost):
+            replicas = {}
+        shown = {shown_name(name): held for name, held in (pinned | replicas).items()}
+        figures = self._admission.figures(shown, cost)
+        names = sorted({model_of(name) for name in pinned.keys() - replicas.keys()})
+        if not replicas:
+            return failures.no_room_beside_pinned(model, names, figures)
+        return failures.no_room_beside_replicas(model, len(replicas), names, figures)
 
     def _stays(self, model: str, look: Look | None) -> bool:
         return self._resident(model, self._held[model], look).standing in _IN_PLACE
-
-    def _figures(self, others: Mapping[str, Cost], entry: _Entry) -> Mapping[str, str]:
-        shown = {shown_name(name): cost for name, cost in others.items()}
-        return self._admission.figures(shown, entry.cost)
-
-    def _refuse_beside_pinned(self, looks: Mapping[str, Look | None]) -> Iterable[Order]:
-        """Turn away who would wait for room that pinned models will never make."""
-        pinned = {
-            model: self._held[model].cost
-            for model, shown in looks.items()
-            if shown is not None and shown.terms.pinned and shown.phase in _STAYING
-        }
-        for model, entry in list(self._waiting.items()):
-            others = {name: cost for name, cost in pinned.items() if name != model}
-            if not self._admission.fits(others.values(), entry.cost):
-                del self._waiting[model]
-                names = sorted({model_of(name) for name in others})
-                figures = self._figures(others, entry)
-                failure = failures.no_room_beside_pinned(model_of(model), names, figures)
-                yield Order(model, AdmissionRefused(entry.ticket, failure))
 
     def _carry_out(self, chosen: Plan) -> Iterable[Order]:
         for model in chosen.admit:

@@ -325,7 +325,7 @@ def _file_gone(turn: Turn, event: FileGone) -> None:
         turn.drain(Cause.RELOAD, turn.limits.drain_seconds)
     elif event.reloading and phase in COMING_UP:
         turn.call_off(failures.model_not_found(turn.state.model))
-        if phase is Phase.STARTING:
+        if phase is Phase.STARTING or turn.state.asleep:
             turn.stop(Cause.RELOAD)
         else:
             turn.rest(Phase.UNLOADED, Cause.RELOAD)

@@ -310,6 +310,9 @@ class Context:
         self._pointer = pointer
         self._memory = _c.llama_get_memory(pointer)
         self._abort_flag = abort_flag
+        sampling = _c.llama_sampler_chain_default_params()
+        sampling.no_perf = True
+        self._sampling = _c.llama_sampler_chain_init(sampling)
         _c.llama_set_abort_callback(pointer, abort_flag.callback, abort_flag.address)
 
     @classmethod
@@ -332,11 +335,6 @@ class Context:
             native.n_outputs_max = params.slot_count
         pointer = _c.llama_init_from_model(model.pointer, native)
         return cls(pointer, AbortFlag()) if pointer else None
-
-    @property
-    def pointer(self) -> Any:
-        """The C object."""
-        return self._pointer
 
     @property
     def abort_flag(self) -> AbortFlag:
@@ -408,6 +406,17 @@ class Context:
         """Return a pointer to the logits of batch row `row`: float32, one per token of the vocabulary."""
         return _c.llama_get_logits_ith(self._pointer, row)
 
+    def sample(self, chain: Any, row: int) -> int:
+        """Pick the token that follows batch row `row` of the last decode, and have the chain count it.
+
+        The chain works inside one of the context's. llama.cpp keeps an array of candidates for each chain it
+        is asked to sample with, 12 bytes per token of the vocabulary: so there is one, not one per sequence.
+        """
+        _c.llama_sampler_chain_add(self._sampling, chain)
+        token = int(_c.llama_sampler_sample(self._sampling, self._pointer, row))
+        _c.llama_sampler_chain_remove(self._sampling, 0)
+        return token
+
     def pooled_embedding(self, slot: int, length: int) -> list[float]:
         """Return the vector of a sequence that was just computed."""
         values = _c.llama_get_embeddings_seq(self._pointer, slot)
@@ -419,6 +428,7 @@ class Context:
     def close(self) -> None:
         """Free the KV cache and the buffers."""
         if self._pointer:
+            _c.llama_sampler_free(self._sampling)
             _c.llama_free(self._pointer)
             self._pointer = None
 

@@ -74,7 +74,7 @@ class Sampler:
 
     def sample(self, context: llama.Context, row: int) -> int:
         """Pick the token that follows batch row `row` of the last decode, and count it as accepted."""
-        return int(_c.llama_sampler_sample(self._chain, context.pointer, row))
+        return context.sample(self._chain, row)
 
     def pick(self, candidates: Candidates) -> int:
         """Pick one of the candidates without counting it as accepted."""
