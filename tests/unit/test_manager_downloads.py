@@ -31,6 +31,9 @@ class Fetchers(FetcherLauncher):
     waiting: dict[HubRef, asyncio.Event] = field(default_factory=dict[HubRef, asyncio.Event])
     started: list[HubRef] = field(default_factory=list[HubRef])
     crashing: bool = False
+    resolved: list[Resolved] = field(default_factory=lambda: [RESOLVED])
+    """What the next fetchers hear from the hub; the last one stays."""
+
     dead: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, as at first, when a fetcher that is killed is dead at once."""
 
@@ -43,7 +46,7 @@ class Fetchers(FetcherLauncher):
         if self.crashing:
             message = "It fell over."
             raise FetcherCrashedError(message)
-        receive(RESOLVED)
+        receive(self.resolved.pop(0) if len(self.resolved) > 1 else self.resolved[0])
         receive(Advanced(verifying=False, completed_bytes=50, total_bytes=100))
         try:
             await self.waiting.setdefault(ref, asyncio.Event()).wait()
@@ -170,6 +173,25 @@ async def test_a_stop_once_begun_goes_on_without_its_caller(world: World, keep: 
     assert caught.value.reason == Reason.LOAD_ABORTED
     assert job.state is JobState.PAUSED
     assert world.downloads.jobs() == ([job] if keep else [])
+
+
+async def test_what_had_arrived_of_a_revision_that_has_moved_is_removed(world: World, tmp_path: Path) -> None:
+    moved = Resolved("c" * 40, "m-Q8_0.gguf", "Q8_0", 100, ["d" * 40])
+    world.fetchers.resolved[:] = [RESOLVED, moved]
+    blobs = tmp_path / "models--org--a" / "blobs"
+    blobs.mkdir(parents=True)
+    for digest in "bd":
+        (blobs / f"{digest * 40}.incomplete").write_bytes(b"half")
+    world.join("org/a")
+    await settle()
+    (job,) = world.downloads.jobs()
+    await world.downloads.halt(job, keep=True)
+    assert len(list(blobs.iterdir())) == 2
+
+    world.join("org/a")
+    await settle()
+    await world.downloads.stop()
+    assert [path.name for path in blobs.iterdir()] == [f"{'d' * 40}.incomplete"]
 
 
 async def test_the_rate_is_that_of_the_last_seconds() -> None:

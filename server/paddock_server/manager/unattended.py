@@ -16,12 +16,16 @@ class Unattended:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, work: Coroutine[Any, Any, ResultT], name: str) -> ResultT:
-        """Do something and return what comes of it. Cancelling leaves it running."""
+    def begin(self, work: Coroutine[Any, Any, ResultT], name: str) -> asyncio.Task[ResultT]:
+        """Begin something that nobody need wait for."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
+
+    async def run(self, work: Coroutine[Any, Any, ResultT], name: str) -> ResultT:
+        """Do something and return what comes of it. Cancelling leaves it running."""
+        return await asyncio.shield(self.begin(work, name))
 
     async def ended(self, seconds: float) -> None:
         """Wait until nothing is left running, at most that long."""
