@@ -25,7 +25,7 @@ from paddock_server.catalog import parse_hub_name
 from paddock_server.config import ServerConfig
 from paddock_server.downloads.process import FetcherCrashedError, FetcherLauncher, FetcherStalledError
 from paddock_server.downloads.removal import remove_model
-from paddock_server.manager import hub as hub_module
+from paddock_server.manager import deletion as deletion_module
 from tests.fakes.hub import FakeHub, Fault, Repo, digest_of, running_hub
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
@@ -507,24 +507,34 @@ async def test_a_loaded_model_is_not_deleted_and_an_unloaded_one_frees_its_bytes
     assert (await api.delete(pb.DeleteRequest(model=ID, allow_missing=True))).freed_bytes == 0
 
 
+class Deletion:
+    """A deletion that is held up before the first file goes."""
+
+    def __init__(self, api: GrpcApi, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on = threading.Event()
+        self._begun = threading.Event()
+        monkeypatch.setattr(deletion_module, "remove_model", self._remove)
+        self.call = asyncio.create_task(api.delete(pb.DeleteRequest(model=ID)))
+
+    def _remove(self, *arguments: Any) -> int:
+        self._begun.set()
+        assert self.go_on.wait(WAY_OUT_SECONDS)
+        return remove_model(*arguments)
+
+    async def wait_begun(self) -> None:
+        assert await asyncio.to_thread(self._begun.wait, WAY_OUT_SECONDS)
+
+
 async def test_a_deletion_once_begun_goes_on_without_its_caller(
     api: GrpcApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await download(api)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any) -> int:
-        begun.set()
-        assert go_on.wait(WAY_OUT_SECONDS)
-        return remove_model(*arguments)
-
-    monkeypatch.setattr(hub_module, "remove_model", slowly)
-    deletion = asyncio.create_task(api.delete(pb.DeleteRequest(model=ID)))
-    assert await asyncio.to_thread(begun.wait, WAY_OUT_SECONDS)
-    deletion.cancel()
-    await asyncio.wait({deletion})
+    deletion = Deletion(api, monkeypatch)
+    await deletion.wait_begun()
+    deletion.call.cancel()
+    await asyncio.wait({deletion.call})
     assert list(await listed(api)) == [ID], "by now the server has heard that the caller is gone"
-    go_on.set()
+    deletion.go_on.set()
 
     async with (
         asyncio.timeout(WAY_OUT_SECONDS),
@@ -533,6 +543,24 @@ async def test_a_deletion_once_begun_goes_on_without_its_caller(
         async for event in events:
             if event.deleted.model == ID or (event.HasField("synced") and not await listed(api)):
                 break
+
+
+async def test_a_model_that_is_being_deleted_is_not_loaded(
+    api: GrpcApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await download(api)
+    deletion = Deletion(api, monkeypatch)
+    await deletion.wait_begun()
+    generate = pb.GenerateRequest(model=ID, prompt="hi")
+    errors = [
+        await refused(anext(api.load(pb.LoadRequest(model=ID)))),
+        await refused(anext(api.generate(generate))),
+    ]
+    deletion.go_on.set()
+    await deletion.call
+
+    assert [error.reason for error in errors] == [Reason.MODEL_NOT_FOUND] * 2
+    assert await listed(api) == {}
 
 
 async def test_what_another_revision_uses_is_kept(api: GrpcApi, hub: FakeHub, content: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from paddock.errors import PaddockError
 from paddock.v1 import model_manager_pb2 as pb
@@ -36,6 +36,7 @@ from paddock_server.manager.progress import Subscription
 from paddock_server.manager.replicas import (
     ReplicaView,
     is_about_one,
+    is_held_off,
     left_waiting,
     may_try_another,
     merged,
@@ -56,10 +57,6 @@ if TYPE_CHECKING:
     from paddock_server.manager.options import Terms
 
     Response = TypeVar("Response")
-
-
-HELD_OFF_SECONDS: Final = 10.0
-"""Least time from a replica's load that failed to the next one that requests begin while others serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +335,7 @@ class ReplicaSet:
                 actor.serves,
                 actor.demand,
                 (actor.state.effective or actor.state.options).slot_count,
-                actor.state.refusal(now) is not None or _failed_since(actor.state, now - HELD_OFF_SECONDS),
+                is_held_off(actor.state, now),
                 len(actor.state.waiters),
                 actor in self._retiring,
             )
@@ -481,10 +478,6 @@ async def _answers(
     if refusals:
         raise refusals[0]
     return [reply.result() for reply in replies]
-
-
-def _failed_since(state: ActorState, since: float) -> bool:
-    return state.phase is Phase.FAILED and state.begun_at > since
 
 
 def _places(actors: Sequence[Actor], some: set[Actor]) -> set[int]:

@@ -66,6 +66,17 @@ class ReplicaView(NamedTuple):
     """Whether it is one too many, and on its way out."""
 
 
+HELD_OFF_SECONDS: Final = 10.0
+"""Least time from a replica's load that failed to the next one that requests begin while others serve."""
+
+
+def is_held_off(state: ActorState, now: float) -> bool:
+    """Say whether a replica failed so lately that requests do not load it."""
+    return state.refusal(now) is not None or (
+        state.phase is Phase.FAILED and now < state.begun_at + HELD_OFF_SECONDS
+    )
+
+
 class Route(NamedTuple):
     """Where a request goes, by position."""
 
