@@ -22,8 +22,8 @@ import llama_wheel
 from steps import CACHE, DISK_FULL, ROOT, VENV, StepError, elapsed, fail, fingerprint, say
 from venvs import Environment, split_lock
 
-FREE_BYTES_NEEDED = 2_000_000_000
-"""The environment takes 700 MB, sources 230 MB, objects 30 MB (with CUDA 500 MB), pip's cache the rest."""
+FREE_BYTES_NEEDED = 2 * 2**30
+"""The environment takes 670 MiB, sources 220, objects 30 (with CUDA 480), pip's cache the rest."""
 LOCK_WAIT_S = 1800.0
 """Longer than a cold set-up on a slow machine; another set-up that takes longer is stuck."""
 IMPORT_CHECK = "import llama_cpp; llama_cpp.llama_print_system_info()"
@@ -102,8 +102,8 @@ def check_prerequisites(environment: Environment, wanted: dict[str, str]) -> Non
         llama_wheel.check_toolchain()
     free = shutil.disk_usage(ROOT).free
     if free < FREE_BYTES_NEEDED and not environment.is_done("packages", wanted["packages"]):
-        needed = FREE_BYTES_NEEDED // 10**6
-        msg = f"{free // 10**6} MB are free on the disk of {ROOT}, and the set-up needs {needed} MB."
+        there, needed = (f"{count / 2**30:.1f} GiB" for count in (free, FREE_BYTES_NEEDED))
+        msg = f"{there} are free on the disk of {ROOT}, and the set-up needs {needed}."
         raise StepError(msg)
 
 

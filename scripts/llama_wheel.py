@@ -27,7 +27,7 @@ WORK = CACHE / "llama"
 
 CMAKE_OLDEST = (3, 21)
 BYTES_PER_COMPILER = 800_000_000
-"""The largest file takes 450 MB in g++ 12; nvcc takes more, and something must be left for the rest."""
+"""The largest file takes 430 MiB in g++ 12; nvcc takes more, and something must be left for the rest."""
 
 # The bindings load without the multimodal library. What the user passes comes after and wins:
 # CMAKE_ARGS=-DLLAVA_BUILD=ON brings it back.
@@ -141,7 +141,7 @@ def _unpacked_source(environment: Environment) -> Path:
     download.mkdir(parents=True, exist_ok=True)
     requirement = download / "requirement.txt"
     requirement.write_text(locked, encoding="utf-8")
-    say("downloading the source of llama.cpp and its Python bindings (77 MB)")
+    say("downloading the source of llama.cpp and its Python bindings (73 MiB)")
     environment.pip(
         "downloading llama-cpp-python",
         [

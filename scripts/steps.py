@@ -28,7 +28,7 @@ _TERMINAL_PERIOD_S = 1.0
 _LOG_PERIOD_S = 15.0
 _STOP_S = 10.0
 
-DISK_FULL = "The disk is full. Free about 2 GB and run the same command again; it goes on where it stopped."
+DISK_FULL = "The disk is full. Free about 2 GiB and run the same command again; it goes on where it stopped."
 _NO_NETWORK = (
     "The package registry could not be reached. Check the network (and HTTPS_PROXY, PIP_INDEX_URL or GOPROXY "
     "where you need them), then run the same command again; it goes on where it stopped."

@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from paddock.errors import Reason, make_error
+from paddock.sizes import size_text
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_gateway.errors import ClientGoneError
@@ -104,6 +105,8 @@ class Models:
         failed = model.state == model_pb2.MODEL_STATE_FAILED
         card = ModelCard(
             id=model.id,
+            aliases=list(model.aliases),
+            tags=list(model.tags),
             # Nobody knows when a file's model was made; while it is loaded the load is the next best thing.
             created=model.load_time.seconds or self._created,
             status=ModelStatus(_STATE_NAMES.get(model.state, "unloaded"), failed),
@@ -177,7 +180,7 @@ def _refuse_size(limit: int) -> None:
     refuse_http(
         413,
         "request_too_large",
-        f"The body is larger than {limit} bytes, the most this gateway takes.",
+        f"The body is larger than {size_text(limit)}, the most this gateway takes.",
         headers=(("connection", "close"),),
     )
 

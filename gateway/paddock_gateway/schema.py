@@ -357,9 +357,12 @@ class ModelMeta(Struct):
 
 
 class ModelCard(Struct):
-    """A model in a listing."""
+    """A model in a listing, with what llama-server's router adds to OpenAI's."""
 
     id: str
+    aliases: list[str]
+    """Other names that requests may use."""
+    tags: list[str]
     created: int
     status: ModelStatus
     meta: ModelMeta | msgspec.UnsetType = msgspec.UNSET

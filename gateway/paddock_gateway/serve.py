@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import uvicorn
 
 from paddock.daemons import is_exposed
+from paddock.listening import HTTP, cannot_listen, host_port
 from paddock_gateway.app import GatewayOptions, create_app
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class Gateway:
     @property
     def url(self) -> str:
         """Base URL, without `/v1`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{host_port(self.host, self.port)}"
 
 
 class _Server(uvicorn.Server):
@@ -152,15 +151,15 @@ async def _stop(server: _Server, running: asyncio.Task[None], app: GatewayApp, d
 async def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens: an address that is taken is one clear error, before anything runs."""
     if not 0 <= port <= MAX_PORT:  # getaddrinfo would quietly take another
-        message = f"Cannot listen on port {port} of {host}: ports go from 0 to {MAX_PORT}."
-        raise ListenError(message)
+        error = ValueError(f"ports go from 0 to {MAX_PORT}")
+        raise ListenError(cannot_listen(HTTP, host, port, error))
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, address = found[0][0], found[0][4]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        raise ListenError(_why(error, host, port)) from error
+        raise ListenError(cannot_listen(HTTP, host, port, error)) from error
 
 
 def _cut_stalled(listener: socket.socket, seconds: float) -> None:
@@ -171,15 +170,6 @@ def _cut_stalled(listener: socket.socket, seconds: float) -> None:
     """
     if sys.platform == "linux":
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
-
-
-def _why(error: Exception, host: str, port: int) -> str:
-    """Say why listening failed; a malformed name is not an OSError."""
-    if not isinstance(error, OSError):
-        return f"Cannot listen on port {port} of {host}: {error}."
-    if error.errno == errno.EADDRINUSE:
-        return f"Port {port} of {host} is taken by another program. Stop it, or choose another port."
-    return f"Cannot listen on port {port} of {host}: {error.strerror}."
 
 
 def _loopback_names(host: str) -> frozenset[str]:

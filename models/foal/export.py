@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gguf import GGUFReader, LlamaFileType
+from gguf import GGUFReader, LlamaFileType, dequantize
 
 from tests.models.llama_file import About, LlamaShape, write_llama
 from tests.models.tokenizer import BYTE_CHARACTERS, SPECIALS, Vocabulary
@@ -50,11 +50,11 @@ def write_gguf(folder: Path, tokenizer_json: str, parameters: dict[str, Any]) ->
 
 
 def read_gguf(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, Any]]:
-    """Return the vocabulary but SPECIALS, the merges and the parameters of an F16 file of `write_gguf`."""
+    """Return the vocabulary but SPECIALS, the merges and the parameters of a file of `write_gguf`."""
     reader = GGUFReader(path)
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
-    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     names = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
     blocks = {
         name.removesuffix(".weight"): np.stack(

@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=36)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "foal")
-    parser.add_argument("--start", type=Path, help="go on from this F16 file: the text has changed a little")
+    parser.add_argument("--start", type=Path, help="go on from this GGUF file: the text has changed a little")
     arguments = parser.parse_args()
     blocks = corpus.read_blocks()
     print(f"{len(blocks)} blocks", flush=True)

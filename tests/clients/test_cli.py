@@ -71,7 +71,7 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
     tiny.lease_count, tiny.worker.queued_request_count = 5, 2
     tiny.worker.restart_count = 1
     tiny.memory.phase = model_pb2.MEMORY_PHASE_MEASURED
-    tiny.memory.bytes["RAM"] = 60_000_000
+    tiny.memory.bytes["RAM"] = 60 * 2**20
     tiny.runtime_options.sleep_timeout.FromSeconds(4 * 86_400)
     tiny.last_use_time.FromSeconds(int(time.time()) - 90)
     tiny.expire_time.FromSeconds(int(time.time()) + 3 * 86_400 + 60)
@@ -82,8 +82,30 @@ def test_ps_shows_memory_requests_expiry_restarts_and_use(paddock: Paddock, serv
         *("MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES", "USED", "KV CACHE", "RESTARTS")
     ]
     cells = re.split(r"\s{2,}", line.strip())
-    assert cells[:6] == ["tiny", "loaded", "60.0 MB", "5", "2 slot", "sleeps in 3d"]
+    assert cells[:6] == ["tiny", "loaded", "60.0 MiB", "5", "2 slot", "sleeps in 3d"]
     assert cells[6:] == ["2m ago", "0 of 512", "1"]
+
+
+@pytest.mark.parametrize(
+    "command", [("ls",), ("ls", "--wide"), ("ps",), ("show", "endless"), ("estimate", "tiny")], ids=" ".join
+)
+def test_what_goes_into_a_pipe_is_whole_without_padding_and_colour(
+    paddock: Paddock, server: FakeServer, command: tuple[str, ...]
+) -> None:
+    long = "long-" * 5000 + "end"
+    endless = server.manager.models["endless"]
+    endless.description, endless.worker.restart_count = long, 1
+    endless.aliases.append(long)
+    server.manager.models[long] = model_pb2.Model(id=long, state=model_pb2.MODEL_STATE_LOADED)
+    server.manager.models[long].memory.bytes["RAM"] = 1
+
+    out = paddock(*command).stdout
+
+    assert out
+    assert long in out
+    assert "\x1b" not in out
+    assert not [line for line in out.splitlines() if line != line.rstrip()]
+    assert "…" not in out
 
 
 def test_ls_and_ps_show_models_that_sleep(paddock: Paddock, server: FakeServer) -> None:
@@ -134,7 +156,7 @@ def test_load_shows_progress_on_standard_error_and_nothing_on_standard_output(pa
         "Starting worker: warning: Died once.",
         "Starting worker: done",
         "Reading weights: Reading cold.gguf.",
-        "Reading weights: 50% (500 B of 1.0 kB)",
+        "Reading weights: 50% (500 B of 1000 B)",
         "Working: nothing to do",
         "Loaded cold in 1.5 s.",
     ]
@@ -439,10 +461,10 @@ def test_estimate_shows_parts_and_a_verdict(paddock: Paddock, server: FakeServer
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["DEVICE", "FOR", "MEMORY"]
     assert ["RAM", "kv", "cache"] in [line[:3] for line in lines]
-    assert ["RAM", "all", "4.2", "MB", "of", "8.4", "MB"] in lines
-    assert ["RAM", "held", "by", "endless", "50.0", "MB"] in lines
+    assert ["RAM", "all", "4.0", "MiB", "of", "8.0", "MiB"] in lines
+    assert ["RAM", "held", "by", "endless", "47.7", "MiB"] in lines
     assert not [line for line in lines if "tiny" in line], "what it holds itself is part of the estimate"
-    assert lines[-1] == ["RAM", "free", "now", "8.4", "MB"]
+    assert lines[-1] == ["RAM", "free", "now", "8.0", "MiB"]
     assert "It fits now." in result.stderr
     (request,) = server.manager.requests("EstimateMemory")
     assert isinstance(request, pb.EstimateMemoryRequest)

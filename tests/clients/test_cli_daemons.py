@@ -139,7 +139,7 @@ async def test_up_says_which_flags_help_when_the_http_port_is_taken(
 ) -> None:
     await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", str(taken_port))
 
-    with pytest.raises(server_app.StartError, match=r"--host and --port"):
+    with pytest.raises(server_app.StartError, match=r"choose another with --port\."):
         async with runs.options["attach"](object()):
             pytest.fail("listens")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from tests.clients.fake_server import FakeServer
     from tests.servers import ServerProcess
 
 SECRET = "hf_never_to_be_seen"
@@ -26,7 +27,7 @@ SECRET = "hf_never_to_be_seen"
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "paddock", "doctor", *arguments],
-        env={**os.environ, **environment},
+        env={**os.environ, "PADDOCK_SERVER": "", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -40,6 +41,11 @@ def by_area(done: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, 
     for finding in report["findings"]:
         areas.setdefault(finding["area"], []).append(finding)
     return areas
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_without_a_server_and_without_a_problem_it_explains_what_it_sees(
 ) -> None:
     done = doctor(
         *("--json", "--models-dir", str(directory), "--state-dir", str(tmp_path / "state")),
-        *("--grpc-port", "0", "--port", "0", "--server", "127.0.0.1:1"),
+        *("--grpc-port", str(free_port()), "--port", "0"),
         HF_TOKEN=SECRET,
         HF_ENDPOINT=f"https://me:{SECRET}@hub.local",
         HF_HOME=str(tmp_path / "hub"),
@@ -82,9 +88,64 @@ def test_without_a_server_and_without_a_problem_it_explains_what_it_sees(
     )
     assert SECRET not in done.stdout
     assert not (tmp_path / "state").exists()
-    assert areas["server"] == [
-        {"area": "server", "level": "ok", "message": "none answers at 127.0.0.1:1", "advice": ""}
-    ]
+    (server,) = areas["server"]
+    assert (server["level"], server["advice"]) == ("ok", "")
+    assert server["message"].startswith("none answers at 127.0.0.1:")
+
+
+def test_a_server_that_was_named_is_asked_and_nothing_else_is_looked_at(server: FakeServer) -> None:
+    found = doctor("--server", server.target)
+    alone = by_area(doctor("--json", PADDOCK_SERVER=server.target))
+    missing = doctor("--json", "--server", "127.0.0.1:1")
+
+    lines = found.stdout.splitlines()
+    assert lines[0] == f"The server at {server.target}:"
+    assert {line.split()[0] for line in lines[1:] if not line.startswith(" ")} == {"server"}
+    assert "Only that server was asked;" in found.stderr
+    assert found.returncode == ExitCode.OK
+    assert list(alone) == ["server"]
+    assert "its health service does not answer" in {finding["message"] for finding in alone["server"]}
+    assert missing.returncode == ExitCode.FAILED
+    assert list(by_area(missing)) == ["server"]
+
+
+def test_with_settings_and_a_server_the_report_has_two_parts(directory: Path, server: FakeServer) -> None:
+    arguments = ("--models-dir", str(directory), "--grpc-port", "0", "--port", "0")
+
+    lines = doctor(*arguments, "--server", server.target).stdout.splitlines()
+
+    assert lines[0] == "This machine:"
+    assert f"The server at {server.target}:" in lines
+
+
+def test_a_name_service_that_hangs_does_not_keep_the_command_from_ending() -> None:
+    code = (
+        "import socket, time\n"
+        "look_up = socket.getaddrinfo\n"
+        "hang = lambda host, *a, **k: time.sleep(60) if host == 'hangs' else look_up(host, *a, **k)\n"
+        "socket.getaddrinfo = hang\n"
+        "from paddock.cli import main; main()"
+    )
+    arguments = ("doctor", "--json", "--host", "hangs", "--grpc-port", "0")
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=40
+    )
+
+    assert "the name service did not answer" in done.stdout
+
+
+def test_a_variable_that_the_hub_cannot_read_costs_one_line(directory: Path) -> None:
+    done = doctor(
+        *("--json", "--models-dir", str(directory), "--grpc-port", "0", "--port", "0"),
+        HF_HUB_DOWNLOAD_TIMEOUT="soon",
+        HF_ENDPOINT=f"me:{SECRET}@hub.local",
+    )
+
+    areas = by_area(done)
+    assert "'soon'" in areas["hub"][0]["message"]
+    assert {"versions", "memory", "ports"} <= set(areas)
+    assert SECRET not in done.stdout
 
 
 def test_a_port_somebody_else_has_is_a_problem_with_its_flag_and_the_exit_code_says_so(
@@ -95,8 +156,8 @@ def test_a_port_somebody_else_has_is_a_problem_with_its_flag_and_the_exit_code_s
     lines = done.stdout.splitlines()
     index = next(index for index, line in enumerate(lines) if "PROBLEM" in line)
     assert done.returncode == ExitCode.FAILED
-    assert f"HTTP 127.0.0.1:{taken_port} is taken by something that is not Paddock" in lines[index]
-    assert "Choose another with --port" in lines[index + 1]
+    assert f"HTTP 127.0.0.1:{taken_port} is taken by something that does not answer as" in lines[index]
+    assert "choose another with --port" in lines[index + 1]
     assert done.stderr.startswith("1 problem, ")
 
 
@@ -133,9 +194,7 @@ def test_a_running_server_is_told_from_other_programs_and_asked_how_it_is(real_s
     grpc_port, http_port = (
         address.rpartition(":")[2] for address in (real_server.grpc_address, real_server.http_address)
     )
-    done = doctor(
-        "--json", "--grpc-port", grpc_port, "--port", http_port, "--server", real_server.grpc_address
-    )
+    done = doctor("--json", "--grpc-port", grpc_port, "--port", http_port)
 
     areas = by_area(done)
     assert [finding["level"] for finding in areas["ports"]] == ["ok", "ok"], areas["ports"]

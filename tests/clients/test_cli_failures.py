@@ -78,4 +78,6 @@ def test_what_to_do_is_said_with_the_error() -> None:
     assert "slot_count" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
     assert "`paddock logs m`" in described(Reason.CRASH_LOOP, metadata={"model": "m"})
     assert "Try again in 4 s." in described(Reason.QUEUE_FULL, retry_after_seconds=4.0)
+    assert "Try again" in described(Reason.HUB_UNREACHABLE, metadata={"status": "503"})
+    assert described(Reason.HUB_UNREACHABLE) == "It happened."  # which says what to do
     assert "r-7" in described(Reason.INTERNAL, request_id="r-7")

@@ -38,7 +38,7 @@ def test_pull_shows_how_far_it_is_and_what_is_there_then(
 
     assert result.exit_code == ExitCode.OK
     assert result.stdout == ""
-    assert "Downloading: 70% (700 B of 1.0 kB)" in result.stderr
+    assert "Downloading: 70% (700 B of 1000 B)" in result.stderr
     assert "Downloaded org/repo:Q4_K_M" in result.stderr
     assert server.manager.requests("Download") == [pb.DownloadRequest(model=NAME)]
 
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_a_download_running_and_says_how_to_stop_it(server: FakeSe
 
 
 def test_rm_tells_what_is_free_again(paddock: Callable[..., Result], server: FakeServer) -> None:
-    assert "1.0 kB are free again" in paddock("rm", "org/repo:Q4_K_M").stderr
+    assert "1000 B are free again" in paddock("rm", "org/repo:Q4_K_M").stderr
     assert json.loads(paddock("rm", "x", "--if-exists", "--json").stdout) == {"model": "x", "freed_bytes": 0}
     assert server.manager.requests("Delete")[-1] == pb.DeleteRequest(model="x", allow_missing=True)
 

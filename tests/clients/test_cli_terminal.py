@@ -140,7 +140,7 @@ def test_a_long_name_does_not_break_a_table(server: FakeServer) -> None:
 
     assert [len(line.rstrip()) <= 100 for line in lines] == [True, True]
     assert lines[0].split()[-1] == "RESTARTS"
-    assert re.match(r"a-model\S+…\S+q4_k_m  loaded  50\.0 MB ", lines[1])
+    assert re.match(r"a-model\S+…\S+q4_k_m  loaded  47\.7 MiB ", lines[1])
     assert name in whole
 
 
@@ -159,7 +159,7 @@ def test_lists_keep_to_a_terminal_of_80_columns_and_show_the_most_telling(
     server.manager.models = {name: busy}
     busy.id, busy.state = name, model_pb2.MODEL_STATE_UNLOADING
     busy.memory.phase = model_pb2.MEMORY_PHASE_RELEASING
-    busy.memory.bytes["RAM"] = 12_345_678_901
+    busy.memory.bytes["RAM"] = 23 * 2**29
     busy.lease_count, busy.worker.queued_request_count = 64, 31
     busy.runtime_options.sleep_timeout.FromSeconds(300)
     busy.expire_time.FromSeconds(int(time.time()) + 3 * 86_400)
@@ -173,5 +173,5 @@ def test_lists_keep_to_a_terminal_of_80_columns_and_show_the_most_telling(
     assert max(len(header), len(line)) <= 80
     assert header.split()[: len(columns)] == columns
     assert re.match(r"qwen2\.5\S*…\S*q4_k_m  unloading  ", line)
-    assert "12.3 GB releasing" in line
+    assert "11.5 GiB releasing" in line
     assert command == "ls" or line.endswith("64        31 slot  sleeps in 3d")

@@ -460,6 +460,18 @@ async def test_a_fetcher_that_is_killed_is_started_again_and_fetches_no_byte_twi
     assert hub.ranges == ["", f"bytes={there}-"]
 
 
+async def test_without_a_network_a_download_fails_at_once_and_says_what_to_check(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    async with server(tmp_path) as api:
+        error = await refused(download(api))
+
+    assert error.reason == Reason.HUB_UNREACHABLE
+    assert "HF_ENDPOINT" in error.message
+    assert "Whatever arrived is kept" not in error.message  # which it says when it has tried again and again
+
+
 @pytest.mark.parametrize(("paused", "restore"), [(False, True), (True, True), (False, False)])
 async def test_downloads_outlive_a_restart(
     hub: FakeHub, world: Path, tmp_path: Path, content: bytes, paused: bool, restore: bool

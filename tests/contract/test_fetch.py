@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, suppress
@@ -43,8 +44,9 @@ class Fetched:
         self.hub = Hub(hub.endpoint, cache, token=token, read_timeout_seconds=0.5)
         self.folder = cache / "models--org--tiny-GGUF"
 
-    def run(self, name: str = f"hf:{REPO}", patience: Patience | None = None) -> None:
-        Fetch(self.hub, parse_hub_name(name), self.messages.append, patience, self.waits.append).run()
+    def run(self, name: str = f"hf:{REPO}", *, resumed: bool = False) -> None:
+        ref = parse_hub_name(name)
+        Fetch(self.hub, ref, self.messages.append, sleep=self.waits.append, resumed=resumed).run()
 
     def of(self, kind: type[Message]) -> list[Message]:
         return [message for message in self.messages if isinstance(message, kind)]
@@ -207,14 +209,48 @@ def test_what_is_not_there_is_named(fetched: Fetched, name: str, told: str) -> N
     assert caught.value.resource == name.removeprefix("hf:")
 
 
-def test_a_connection_that_is_refused_is_unreachable(tmp_path: Path, hub: FakeHub) -> None:
+def test_a_connection_that_is_refused_at_the_start_is_told_at_once_with_what_to_do(
+    tmp_path: Path, hub: FakeHub
+) -> None:
     fetched = Fetched(hub, tmp_path)
-    fetched.hub = Hub("http://127.0.0.1:1", tmp_path)
+    fetched.hub = Hub("http://me:secret@127.0.0.1:1", tmp_path)
 
     with pytest.raises(PaddockError) as caught:
         fetched.run()
 
     assert caught.value.reason == Reason.HUB_UNREACHABLE
+    assert fetched.waits == []
+    assert caught.value.message.startswith("The connection to http://127.0.0.1:1 failed: Connection refused.")
+    assert all(what in caught.value.message for what in ("network", "HF_ENDPOINT", "--models-dir"))
+    assert "secret" not in f"{caught.value.message} {caught.value.metadata} {fetched.hub!r}"
+
+
+def test_a_name_that_nobody_knows_is_told_at_once(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    fetched = Fetched(hub, tmp_path)
+    fetched.hub = Hub("http://hub.invalid", tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+
+    with pytest.raises(PaddockError, match=r"not known\. Check the server's network") as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.HUB_UNREACHABLE
+    assert fetched.waits == []
+
+
+def test_a_download_that_goes_on_waits_for_the_network_to_come_back(tmp_path: Path, hub: FakeHub) -> None:
+    fetched = Fetched(hub, tmp_path)
+    fetched.hub = Hub("http://127.0.0.1:1", tmp_path)
+
+    with pytest.raises(PaddockError, match="Whatever arrived is kept") as caught:
+        fetched.run(resumed=True)
+
+    assert caught.value.reason == Reason.HUB_UNREACHABLE
+    assert len(fetched.of(Retrying)) == Patience().attempts - 1
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(
@@ -232,6 +268,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     assert caught.value.reason == Reason.DISK_FULL
     assert caught.value.metadata["needed_bytes"] == str(len(CONTENT))
     assert caught.value.metadata["free_bytes"] == str(HALF)
+    assert "128 KiB are needed and 64.0 KiB are free" in caught.value.message
     assert hub.served_bytes == 0
 
 

@@ -105,6 +105,15 @@ async def generate(manager: ModelManager, max_tokens: int = 3, begun: list[str] 
     return text
 
 
+async def test_the_size_of_the_kv_cache_is_known_before_the_first_heartbeat(serve: Serve) -> None:
+    async with serve(Behaviour(heartbeat_seconds=3600)) as manager:
+        loaded = (await load(manager, "a"))[-1].loaded.model
+        shown = await manager.snapshot("a")
+
+    assert loaded.worker.kv_cache_total_tokens > 0
+    assert shown.worker.kv_cache_total_tokens == shown.runtime_options.context_size_tokens
+
+
 async def test_a_load_runs_through_its_stages_on_a_real_process(serve: Serve, directory: Path) -> None:
     async with serve(Behaviour(load_seconds=0.6, progress_steps=6)) as manager:
         events = await load(manager, "a")

@@ -156,5 +156,5 @@ async def test_a_second_server_on_the_port_is_refused_with_advice(server: RpcSer
     port = int(server.address.rpartition(":")[2])
     untyped: Any = EchoService()
 
-    with pytest.raises(AddressInUseError, match="--grpc-port"):
+    with pytest.raises(AddressInUseError, match=r"another program has the port.*--grpc-port\."):
         RpcServer(untyped, host="127.0.0.1", port=port, with_reflection=False)

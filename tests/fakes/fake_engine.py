@@ -81,7 +81,6 @@ class FakeEngine:
             active_sequence_count=sum(one.choice_count for one in running),
             queued_request_count=len(self._queue),
             kv_cache_used_tokens=sum(one.prompt_tokens + one.made * one.choice_count for one in running),
-            kv_cache_total_tokens=self._context,
             step_count=self.step_count,
             step_milliseconds=self.behaviour.step_milliseconds if running else 0,
             preparation_milliseconds=self.behaviour.preparation_milliseconds if running else 0,

@@ -14,7 +14,7 @@ from paddock.errors import Reason, make_error
 from paddock.v1 import model_pb2
 from paddock_gateway import endpoints
 from paddock_gateway.app import GatewayOptions
-from tests.gateway.clients import CHAT, CHAT_PATH, COMPLETION_PATH, in_process, post
+from tests.gateway.clients import CHAT, CHAT_PATH, COMPLETION_PATH, in_process, post, sdk
 from tests.gateway.fake_api import FakeApi, failing
 
 if TYPE_CHECKING:
@@ -79,6 +79,23 @@ async def test_models_are_listed_over_all_pages_with_their_state() -> None:
     assert tiny["created"] == 1234
     assert tiny["meta"]["n_ctx_train"] == 2048
     assert (tiny["object"], tiny["owned_by"]) == ("model", "paddock")
+
+
+async def test_models_tell_their_other_names_and_their_tags_and_openais_sdk_reads_them() -> None:
+    api = FakeApi()
+    api.models["tiny"].aliases.extend(["gpt-4o-mini", "small"])
+    api.models["tiny"].tags.append("chat")
+
+    async with sdk(api) as client:
+        listed = {model.id: model async for model in client.models.list()}
+        tiny = await client.models.retrieve("tiny")
+
+    assert (tiny.id, tiny.object, tiny.owned_by) == ("tiny", "model", "paddock")
+    assert listed["tiny"].to_dict() == tiny.to_dict()
+    extra = tiny.model_extra or {}
+    assert (extra["aliases"], extra["tags"]) == (["gpt-4o-mini", "small"], ["chat"])
+    extra = listed["org/repo:Q4"].model_extra or {}
+    assert (extra["aliases"], extra["tags"]) == ([], [])
 
 
 async def test_a_model_id_may_contain_slashes() -> None:
@@ -156,7 +173,7 @@ async def test_a_body_over_the_limit_is_413_whether_its_size_is_told_or_not() ->
     for response in (told, untold):
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "request_too_large"
-        assert "999 bytes" in response.json()["error"]["message"]
+        assert "999 B" in response.json()["error"]["message"]
         assert response.headers["connection"] == "close"
     assert just.status_code == 200
 

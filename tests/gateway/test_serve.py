@@ -32,14 +32,14 @@ async def test_the_real_port_is_known_when_a_free_one_was_asked_for() -> None:
 
 async def test_a_taken_port_is_one_clear_error() -> None:
     async with served(FakeApi()) as gateway:
-        with pytest.raises(ListenError, match=rf"Port {gateway.port} of 127\.0\.0\.1 is taken"):
+        with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{gateway.port}: another program has the port"):
             async with serve(FakeApi(), port=gateway.port):
                 pass
 
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.1", 0), ("a..b", 0), ("127.0.0.1", 65536)])
 async def test_an_address_that_cannot_be_listened_on_is_one_clear_error(host: str, port: int) -> None:
-    with pytest.raises(ListenError, match=f"Cannot listen on port {port} of {host}: ."):
+    with pytest.raises(ListenError, match=f"Cannot listen for HTTP on {host}:{port}: ."):
         async with serve(FakeApi(), host, port):
             pass
 

@@ -228,7 +228,6 @@ def test_heartbeats_come_while_idle_and_while_computing(noise: Path) -> None:
             frame = peer.next_of_any_kind()
             if frame.HasField("heartbeat"):
                 beats.append(frame.heartbeat)
-        assert beats[-1].kv_cache_total_tokens == 2048
         assert beats[-1].step_count > 0
 
 

@@ -103,7 +103,7 @@ class FakeWorker:
         self.start_time = 1_700_000_000.0
         self.exited: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
         self.heartbeat: worker_pb2.Heartbeat | None = worker_pb2.Heartbeat(
-            active_sequence_count=2, queued_request_count=1, kv_cache_used_tokens=7, kv_cache_total_tokens=512
+            active_sequence_count=2, queued_request_count=1, kv_cache_used_tokens=7
         )
         self.frame: worker_pb2.Load | None = None
         self.outcome: asyncio.Future[worker_pb2.Ready] = asyncio.get_running_loop().create_future()

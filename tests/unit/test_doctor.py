@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
+from paddock.listening import GRPC, HTTP, Front, ListenFault
+from paddock_server.addresses import without_credentials
 from paddock_server.config import ServerConfig
-from paddock_server.doctor import examine, findings, machine
+from paddock_server.doctor import (
+    examine,
+    examine_server,
+    findings,
+    is_own,
+    machine,
+    network,
+    own_address,
+    serving,
+)
 from paddock_server.doctor.findings import (
     GIB,
     UNLIMITED,
-    Answer,
     Build,
     Cpu,
     Disk,
@@ -23,17 +35,16 @@ from paddock_server.doctor.findings import (
     Level,
     Memory,
     Models,
-    Port,
-    Running,
     StateDirectory,
     Versions,
     features_of,
 )
 from paddock_server.doctor.machine import LlamaError
+from paddock_server.doctor.serving import Answer, Port, Running, Unanswered
 from paddock_server.memory import DeviceMemory, own_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
 OK, WARNING, PROBLEM = Level.OK, Level.WARNING, Level.PROBLEM
@@ -62,7 +73,9 @@ RUNNING = Running(
     restarts={},
     memory={"RAM": (GIB, 8 * GIB)},
 )
-PORT = Port(purpose="gRPC", address="127.0.0.1:50051", flag="--grpc-port", answer=Answer.FREE)
+PORT = Port(GRPC, "127.0.0.1:50051", Answer.NOBODY)
+NOBODY = Unanswered("h:1", "The connection failed.")
+NVIDIA = replace(BUILD, gpu_hardware=("NVIDIA",))
 
 
 def worst(found: Sequence[Finding]) -> Level:
@@ -78,13 +91,14 @@ JUDGEMENTS = {
         PROBLEM,
         "made for 0.3.36",
     ),
+    "labelled llama": (findings.judge_versions(replace(VERSIONS, llama_cpp="0.3.36+cu124")), OK, "+cu124"),
     "build": (findings.judge_build(BUILD), OK, "AVX2"),
     "slow build": (
         findings.judge_build(replace(BUILD, cpu_flags=frozenset({"avx2", "avx512f"}))),
         WARNING,
         "AVX512, which llama.cpp was built without",
     ),
-    "idle gpu": (findings.judge_build(replace(BUILD, gpu_hardware=("NVIDIA",))), WARNING, "cannot use it"),
+    "idle gpu": (findings.judge_build(NVIDIA), WARNING, "cannot use it"),
     "gpu": (
         findings.judge_build(
             replace(BUILD, gpu_offload=True, gpus=(DeviceMemory("CUDA0", "a card", 2 * GIB, GIB),))
@@ -92,10 +106,15 @@ JUDGEMENTS = {
         OK,
         "CUDA0: a card, 1.0 GiB of 2.0 GiB free",
     ),
+    "hidden gpu": (
+        findings.judge_build(replace(NVIDIA, gpu_offload=True)),
+        WARNING,
+        "built for one, finds none",
+    ),
     "unknown build": (findings.judge_build(replace(BUILD, system_info="x")), OK, "says about itself: x"),
     "cpu": (findings.judge_cpu(CPU, threads=0), OK, "8 logical cores, 4 physical"),
     "quota": (findings.judge_cpu(replace(CPU, quota=1.5), threads=0), WARNING, "4 threads by default"),
-    "affinity": (findings.judge_cpu(replace(CPU, allowed=2), threads=0), WARNING, "2 of them usable"),
+    "affinity": (findings.judge_cpu(replace(CPU, allowed=2), threads=0), OK, "2 of them usable"),
     "threads": (findings.judge_cpu(CPU, threads=9), WARNING, "--threads is 9"),
     "threads fit": (findings.judge_cpu(replace(CPU, quota=2.0), threads=2), OK, "2 of them usable"),
     "memory": (findings.judge_memory(MEMORY), OK, "16.0 GiB, 8.0 GiB available"),
@@ -105,18 +124,26 @@ JUDGEMENTS = {
         WARNING,
         "only 512 MiB are available",
     ),
-    "large model": (findings.judge_memory(MEMORY, 20 * GIB), WARNING, "the largest model has 20.0 GiB"),
     "limits": (findings.judge_limits(4096, UNLIMITED), OK, "4096 open files"),
     "few files": (findings.judge_limits(256, 65536), WARNING, "may open 256 files"),
-    "disk": (findings.judge_disks([Disk(("models",), "/", 9 * GIB, 10 * GIB)]), OK, "9.0 GiB of 10.0 GiB"),
-    "low disk": (findings.judge_disks([Disk(("models",), "/", GIB, 10 * GIB)]), WARNING, "1.0 GiB of"),
-    "full disk": (findings.judge_disks([Disk(("state",), "/", 0, 10 * GIB)]), PROBLEM, "(state)"),
-    "models": (findings.judge_models(MODELS), OK, "2 usable in /models"),
-    "no models": (findings.judge_models(replace(MODELS, count=0)), WARNING, "none usable in /models"),
+    "disk": (findings.judge_disks([Disk(("hub cache",), "/", 9 * GIB, 10 * GIB)]), OK, "9.0 GiB of 10.0 GiB"),
+    "low disk": (findings.judge_disks([Disk(("hub cache",), "/", GIB, 10 * GIB)]), WARNING, "1.0 GiB of"),
+    "low disk of state": (findings.judge_disks([Disk(("state",), "/", GIB, 10 * GIB)]), OK, "1.0 GiB of"),
+    "full disk": (findings.judge_disks([Disk(("models", "state"), "/", 0, GIB)]), PROBLEM, "(models, state)"),
+    "read-only models": (findings.judge_disks([Disk(("models",), "/cd", 0, GIB)]), OK, "0 B of 1.0 GiB free"),
+    "models": (findings.judge_models(MODELS, 8 * GIB), OK, "2 usable in /models"),
+    "no models": (findings.judge_models(replace(MODELS, count=0), GIB), WARNING, "none usable in /models"),
     "broken": (
-        findings.judge_models(replace(MODELS, broken={"a": "a.gguf: bad magic"})),
+        findings.judge_models(replace(MODELS, broken={"a": "a.gguf: bad magic"}), GIB),
         WARNING,
         "'a' cannot be loaded: a.gguf: bad magic",
+    ),
+    "large model": (findings.judge_models(MODELS, GIB - 1), WARNING, "the largest has 1.0 GiB, more than"),
+    "only absent": (findings.judge_models(replace(MODELS, absent=2), GIB), WARNING, "none usable in /models"),
+    "absent": (
+        findings.judge_models(replace(MODELS, absent=1), GIB),
+        OK,
+        "1 model of the configuration",
     ),
     "config": (findings.judge_config(replace(MODELS, files=("p.toml",))), OK, "p.toml is sound"),
     "config left out": (
@@ -140,38 +167,61 @@ JUDGEMENTS = {
     "hub offline": (findings.judge_hub(replace(HUB, offline=True)), OK, "offline"),
     "endpoint": (findings.judge_hub(replace(HUB, endpoint="hub.local")), PROBLEM, "is no address"),
     "hub cache": (findings.judge_hub(replace(HUB, cache_fault="Read-only")), WARNING, "cannot be written"),
-    "no server": (findings.judge_running(None, "h:1", "0.1.0"), OK, "none answers at h:1"),
-    "server": (findings.judge_running(RUNNING, "h:1", "0.1.0"), OK, "up 1 min, 1 models loaded"),
-    "old server": (findings.judge_running(RUNNING, "h:1", "0.2.0"), WARNING, "it is version 0.1.0"),
-    "stopping": (findings.judge_running(replace(RUNNING, serving=False), "h", "0.1.0"), WARNING, "stopping"),
+    "no hub": (findings.judge_hub(None), OK, "off: its models are neither served nor downloaded"),
+    "no server": (serving.judge_unanswered(NOBODY, asked_for=False), OK, "none answers at h:1"),
+    "no server where one was": (
+        serving.judge_unanswered(NOBODY, asked_for=True),
+        PROBLEM,
+        "no Paddock answers at h:1: The connection failed.",
+    ),
+    "server": (serving.judge_running(RUNNING, "0.1.0"), OK, "up 1 min, 1 model loaded"),
+    "budget": (
+        serving.judge_running(RUNNING, "0.1.0"),
+        OK,
+        "1.0 GiB of the 8.0 GiB they may have of RAM",
+    ),
+    "old server": (serving.judge_running(RUNNING, "0.2.0"), WARNING, "it is version 0.1.0"),
+    "stopping": (serving.judge_running(replace(RUNNING, serving=False), "0.1.0"), WARNING, "stopping"),
+    "no health": (serving.judge_running(replace(RUNNING, serving=None), "0.1.0"), WARNING, "does not answer"),
+    "no list": (serving.judge_running(replace(RUNNING, loaded=None), "0.1.0"), WARNING, "does not list"),
     "failed": (
-        findings.judge_running(replace(RUNNING, failed={"a": "It died."}), "h", "0.1.0"),
+        serving.judge_running(replace(RUNNING, failed={"a": "It died."}), "0.1.0"),
         WARNING,
         "model 'a' failed: It died.",
     ),
     "restarts": (
-        findings.judge_running(replace(RUNNING, restarts={"a": 3}), "h", "0.1.0"),
+        serving.judge_running(replace(RUNNING, restarts={"a": 3}), "0.1.0"),
         WARNING,
         "restarted 3 times",
     ),
-    "free port": ([findings.judge_port(PORT)], OK, "is free"),
+    "many restarts": (
+        serving.judge_running(replace(RUNNING, restarts={f"m{number}": 1 for number in range(25)}), "0.1.0"),
+        WARNING,
+        "5 more workers were restarted",
+    ),
+    "free port": ([serving.judge_port(PORT)], OK, "is free"),
     "our port": (
-        [findings.judge_port(replace(PORT, answer=Answer.PADDOCK, detail="0.1.0"))],
+        [serving.judge_port(replace(PORT, answer=Answer.PADDOCK, version="0.1.0"))],
         OK,
-        "Paddock 0.1.0 answers",
+        "gRPC 127.0.0.1:50051: Paddock 0.1.0 answers",
     ),
-    "exposed": (findings.judge_exposure({"HTTP": "192.0.2.1"}), WARNING, "whoever reaches it"),
-    "budget": (
-        findings.judge_running(RUNNING, RUNNING.address, "0.1.0"),
+    "our port, no version": (
+        [serving.judge_port(replace(PORT, answer=Answer.PADDOCK))],
         OK,
-        "models hold 1.0 GiB of the 8.0 GiB they may have of RAM",
+        "gRPC 127.0.0.1:50051: Paddock answers",
     ),
-    "taken port": ([findings.judge_port(replace(PORT, answer=Answer.OTHER))], PROBLEM, "not Paddock"),
+    "taken port": (
+        [serving.judge_port(replace(PORT, answer=Answer.OTHER))],
+        PROBLEM,
+        "does not answer as Paddock",
+    ),
     "refused port": (
-        [findings.judge_port(replace(PORT, answer=Answer.REFUSED, detail="Permission denied"))],
+        [serving.judge_port(replace(PORT, fault=ListenFault("Permission denied", "Choose another.")))],
         PROBLEM,
         "cannot be listened on: Permission denied",
     ),
+    "one port for both": (serving.judge_same_port(8080, 8080), PROBLEM, "both to listen on port 8080"),
+    "exposed": (serving.judge_exposure({"HTTP": "192.0.2.1"}), WARNING, "whoever reaches it"),
 }
 
 
@@ -189,18 +239,17 @@ def test_what_is_not_well_says_what_to_do(name: str) -> None:
 
 
 def test_every_answer_at_a_port_is_judged() -> None:
-    judged = {answer: findings.judge_port(replace(PORT, answer=answer)).level for answer in Answer}
-    assert judged == {
-        Answer.FREE: OK,
-        Answer.PADDOCK: OK,
-        Answer.OTHER: PROBLEM,
-        Answer.REFUSED: PROBLEM,
-    }
+    judged = {answer: serving.judge_port(replace(PORT, answer=answer)).level for answer in Answer}
+    assert judged == {Answer.NOBODY: OK, Answer.PADDOCK: OK, Answer.OTHER: PROBLEM}
+
+
+def test_two_free_ports_are_not_the_same_one() -> None:
+    assert serving.judge_same_port(0, 0) == serving.judge_same_port(50051, 8080) == []
 
 
 def test_many_broken_models_are_counted_rather_than_named() -> None:
     broken = {f"m{number:03}": "bad" for number in range(50)}
-    found = findings.judge_models(replace(MODELS, count=50, broken=broken))
+    found = findings.judge_models(replace(MODELS, count=50, broken=broken), GIB)
 
     assert len(found) == 1 + findings.NAMED_MODELS + 1
     assert found[-1].message == "30 more cannot be loaded"
@@ -248,10 +297,13 @@ def test_a_file_system_is_named_once_with_all_it_holds(tmp_path: Path) -> None:
         ("https://user:secret@hub.local/x?token=secret", "https://hub.local/x"),
         ("https://huggingface.co", "https://huggingface.co"),
         ("http://[broken", "not an address"),
+        ("user:secret@hub.local", "hub.local"),
+        ("https:/user:secret@hub.local?token=secret", "hub.local"),
+        ("hub.local", "hub.local"),
     ],
 )
 def test_no_credentials_of_an_endpoint_are_shown(url: str, shown: str) -> None:
-    assert machine.without_credentials(url) == shown
+    assert without_credentials(url) == shown
 
 
 @pytest.mark.parametrize(
@@ -272,20 +324,41 @@ def test_a_llama_that_loads_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch
         machine.build([sys.executable, "-c", "import time; time.sleep(60)"])
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ModuleNotFoundError("psutil")])
+def test_an_answer_without_its_facts_is_no_answer() -> None:
+    program = """print('{"gpus": [], "features": []}')"""
+    with pytest.raises(LlamaError, match="exit code 0: it said nothing"):
+        machine.build([sys.executable, "-c", program])
+
+
+def nothing_served(tmp_path: Path) -> ServerConfig:
+    return ServerConfig.load({"models_dir": (tmp_path,), "grpc_port": 0, "port": 0, "state_dir": None})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
+        (TimeoutError(110, "Connection timed out"), "[Errno 110] Connection timed out"),
+        (ModuleNotFoundError("psutil"), "psutil"),
+        (ValueError("'abc' is no number"), "ValueError: 'abc' is no number"),
+        (RuntimeError("no home directory"), "RuntimeError: no home directory"),
+        (psutil.AccessDenied(1), "AccessDenied: (pid=1)"),
+    ],
+    ids=["file", "file server", "module", "value", "home", "process"],
+)
 async def test_a_probe_that_fails_is_a_problem_and_the_others_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
 ) -> None:
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(machine, "limits", fail)
-    config = ServerConfig.load({"models_dir": (tmp_path,), "grpc_port": 0, "port": 0, "state_dir": None})
-    found = await examine(config, "127.0.0.1:1")
+    found = await examine(nothing_served(tmp_path))
 
     (limits,) = [finding for finding in found if finding.area == "limits"]
-    assert (limits.level, limits.message) == (PROBLEM, f"could not be examined: {error}")
-    assert "server" in {finding.area for finding in found}
+    assert (limits.level, limits.message) == (PROBLEM, f"could not be examined: {said}")
+    assert limits.advice
+    assert {"versions", "ports"} <= {finding.area for finding in found}
 
 
 async def test_a_probe_that_hangs_is_a_problem_and_the_others_report(
@@ -298,10 +371,105 @@ async def test_a_probe_that_hangs_is_a_problem_and_the_others_report(
         return MODELS
 
     monkeypatch.setattr(machine, "models", hang)
-    config = ServerConfig.load({"models_dir": (tmp_path,), "grpc_port": 0, "port": 0, "state_dir": None})
-    found = await examine(config, "127.0.0.1:1", probe_seconds=5)
+    found = await examine(nothing_served(tmp_path), probe_seconds=5)
     never.set()
 
     (models,) = [finding for finding in found if finding.area == "models"]
     assert (models.level, models.message) == (PROBLEM, "could not be examined within 5 s")
-    assert {"versions", "cpu", "limits", "disk", "ports", "server"} <= {finding.area for finding in found}
+    assert {"versions", "cpu", "memory", "limits", "disk", "ports"} <= {finding.area for finding in found}
+
+
+async def test_a_hub_that_is_turned_off_is_not_judged(tmp_path: Path) -> None:
+    config = ServerConfig.load({"models_dir": (tmp_path,), "grpc_port": 0, "port": 0, "hf_cache": False})
+    found = await examine(config)
+
+    assert [finding.message for finding in found if finding.area == "hub"] == [
+        "off: its models are neither served nor downloaded"
+    ]
+    assert not [finding for finding in found if "hub cache" in finding.message]
+
+
+# Addresses
+
+
+@pytest.fixture
+def taken() -> Generator[int]:
+    """A port that somebody listens on and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("front", [GRPC, HTTP], ids=["gRPC", "HTTP"])
+async def test_who_says_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, taken: int, front: Front
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.2)
+
+    for host in ("127.0.0.1", "0.0.0.0"):  # noqa: S104  # asked for, not listened on
+        assert (await network.examine_port(front, host, taken)).answer is Answer.OTHER
+
+
+async def test_a_port_that_is_held_without_an_answer_is_refused() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = await network.examine_port(HTTP, "127.0.0.1", holder.getsockname()[1])
+
+    assert port.fault == ListenFault(
+        "another program has the port", "Stop it, or choose another with --port."
+    )
+
+
+@pytest.mark.parametrize("host", ["a..b", "203.0.113.1"])
+async def test_an_address_that_is_not_ours_is_refused_with_the_flag_of_the_host(host: str) -> None:
+    port = await network.examine_port(GRPC, host, 1)
+
+    assert port.fault is not None
+    assert port.fault.advice == "Choose another address with --grpc-host."
+
+
+async def test_a_name_service_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        never.wait(60)
+
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    port = await network.examine_port(GRPC, "hub.invalid", 1)
+    never.set()
+
+    assert port.fault is not None
+    assert port.fault.reason == "the name service did not answer within 0.05 s"
+
+
+async def test_a_server_that_does_not_answer_in_time_says_so(
+    monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.2)
+
+    (server,) = await examine_server(f"127.0.0.1:{taken}", asked_for=True)
+
+    assert server.level == PROBLEM
+    assert server.message == f"no Paddock answers at 127.0.0.1:{taken}: there was no answer within 0.2 s"
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address", "own"),
+    [
+        ("127.0.0.1", 50051, "127.0.0.1:50051", ["localhost:50051", "[::1]:50051"]),
+        ("0.0.0.0", 7, "127.0.0.1:7", ["127.0.0.1:7", "localhost:7"]),  # noqa: S104
+        ("::", 7, "[::1]:7", ["[::1]:7"]),
+        ("192.0.2.7", 7, "192.0.2.7:7", ["192.0.2.7:7"]),
+        ("127.0.0.1", 0, "", []),
+    ],
+)
+def test_a_server_is_ours_by_its_address(
+    tmp_path: Path, host: str, port: int, address: str, own: list[str]
+) -> None:
+    config = ServerConfig.load({"models_dir": (tmp_path,), "grpc_host": host, "grpc_port": port})
+
+    assert own_address(config) == address
+    assert all(is_own(one, config) for one in own)
+    assert not any(
+        is_own(one, config) for one in ("192.0.2.1:50051", "127.0.0.1:50052", "nonsense", "unix:/x")
+    )

@@ -557,7 +557,7 @@ async def test_a_snapshot_shows_the_worker_and_the_options_in_effect(server: Ser
     await loads(server.manager, "a")
     model = await server.manager.snapshot("a")
     assert (model.worker.active_request_count, model.worker.queued_request_count) == (2, 1)
-    assert (model.worker.kv_cache_used_tokens, model.worker.kv_cache_total_tokens) == (7, 512)
+    assert (model.worker.kv_cache_used_tokens, model.worker.kv_cache_total_tokens) == (7, 2048)
     assert model.worker.resident_bytes == 4096
     options = model.runtime_options
     assert (options.context_size_tokens, options.slot_count, options.thread_count) == (2048, 4, 2)

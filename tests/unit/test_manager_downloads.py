@@ -30,6 +30,7 @@ class Fetchers(FetcherLauncher):
 
     waiting: dict[HubRef, asyncio.Event] = field(default_factory=dict[HubRef, asyncio.Event])
     started: list[HubRef] = field(default_factory=list[HubRef])
+    resumed: list[bool] = field(default_factory=list[bool])
     crashing: bool = False
     resolved: list[Resolved] = field(default_factory=lambda: [RESOLVED])
     """What the next fetchers hear from the hub; the last one stays."""
@@ -40,9 +41,12 @@ class Fetchers(FetcherLauncher):
     def __post_init__(self) -> None:
         self.dead.set()
 
-    async def run(self, ref: HubRef, receive: Callable[[Message], None]) -> Done | Failed:
+    async def run(
+        self, ref: HubRef, receive: Callable[[Message], None], *, resumed: bool = False
+    ) -> Done | Failed:
         """Resolve, wait until the test says so, and be done."""
         self.started.append(ref)
+        self.resumed.append(resumed)
         if self.crashing:
             message = "It fell over."
             raise FetcherCrashedError(message)
@@ -138,6 +142,17 @@ async def test_a_fetcher_that_always_crashes_ends_all_who_wait_after_a_bound(tmp
     assert reasons == [Reason.HUB_UNREACHABLE] * 3
     assert len(world.fetchers.started) == module.FETCHERS_MAX
     assert world.downloads.jobs() == []
+
+
+async def test_a_fetcher_is_told_whether_the_hub_has_been_reached_before(world: World) -> None:
+    world.join("org/a")
+    await settle()
+    (job,) = world.downloads.jobs()
+    await world.downloads.halt(job, keep=True)
+    world.join("org/a")
+    await settle()
+
+    assert world.fetchers.resumed == [False, True]
 
 
 async def test_stopping_the_server_ends_all_who_wait(tmp_path: Path) -> None:

@@ -61,8 +61,11 @@ class Fetchers(FetcherLauncher):
     running: list[Fetcher] = field(default_factory=list[Fetcher])
     dying: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def run(self, ref: HubRef, receive: Callable[[Message], None]) -> Done | Failed:
+    async def run(
+        self, ref: HubRef, receive: Callable[[Message], None], *, resumed: bool = False
+    ) -> Done | Failed:
         """Run until told to end."""
+        del resumed
         fetcher = Fetcher(ref, receive)
         self.running.append(fetcher)
         assert max(Counter(one.ref for one in self.running).values()) == 1, "one fetcher for a name"

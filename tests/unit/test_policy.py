@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paddock_server.manager import failure as failures
 from paddock_server.manager.admission import Footprint, MemoryAdmission, device_bytes
 from paddock_server.manager.options import Terms
 from paddock_server.manager.policy import Plan, Resident, Standing, Waiting, eviction_costs, plan
@@ -209,6 +210,17 @@ def test_a_refusal_tells_what_is_needed_what_is_free_and_who_holds_what() -> Non
         "budget_bytes.RAM": "10",
         "held_by.b": "RAM=4",
     }
+
+
+def test_a_refusal_reads_well() -> None:
+    held = {"qwen2.5": Footprint(((RAM, 3 << 29), ("CUDA0", 1 << 20))), "asleep": Footprint()}
+    figures = MemoryAdmission(2, {RAM: 2 << 30}).figures(held, of(2**30))
+
+    assert failures.never_fits("m", figures).message == (
+        "Model 'm' does not fit even when nothing else is loaded: models_max 2, needed 1.0 GiB of RAM, "
+        "free 512 MiB of RAM, budget 2.0 GiB of RAM, qwen2.5 holds 1.5 GiB of RAM and 1.0 MiB of CUDA0, "
+        "asleep holds a place."
+    )
 
 
 def test_of_many_candidates_none_goes_in_vain() -> None:

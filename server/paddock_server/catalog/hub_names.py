@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Final
-from urllib.parse import urlsplit, urlunsplit
 
 HUB_PREFIX: Final = "hf:"
 MAIN: Final = "main"
@@ -226,12 +225,3 @@ def choose_projector(paths: Iterable[str], model: str) -> str | None:
 def _bits(path: str) -> int:
     match = re.search(r"\d+", quant_tag(path), re.ASCII)
     return int(match[0][:4]) if match else 0
-
-
-def without_credentials(address: str) -> str:
-    """Return the address of a hub for people to read: without a user and a password in it."""
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return "not an address"
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from paddock.sizes import size_text
 from paddock_server.memory import DeviceMemory
 
 
@@ -76,9 +77,13 @@ REBUILD: Final = (
 )
 
 
-def gib(count: int) -> str:
-    """Return a size in GiB, or in MiB below one."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+def counted(count: int, what: str) -> str:
+    """Return `1 model`, `2 models`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _free_text(free: int, total: int) -> str:
+    return f"{size_text(free)} of {size_text(total)} free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class Versions:
     grpcio: str
     llama_cpp: str | None
     llama_cpp_wanted: str | None
-    """The version Paddock is made for."""
+    """The version Paddock is made for. Builds of it may have a label, such as `+cu124`."""
 
 
 def judge_versions(versions: Versions) -> list[Finding]:
@@ -105,7 +110,7 @@ def judge_versions(versions: Versions) -> list[Finding]:
                 "pip install 'paddock[server]'",
             )
         )
-    elif versions.llama_cpp_wanted not in {None, versions.llama_cpp}:
+    elif versions.llama_cpp_wanted not in {None, versions.llama_cpp.partition("+")[0]}:
         found.append(
             problem(
                 area,
@@ -161,7 +166,10 @@ def judge_build(build: Build) -> list[Finding]:
         found.append(warning(area, message, REBUILD))
     if build.gpus:
         found += [
-            ok("gpu", f"{gpu.name}: {gpu.description}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free")
+            ok(
+                "gpu",
+                f"{gpu.name}: {gpu.description}, {_free_text(gpu.free_bytes, gpu.total_bytes)}",
+            )
             for gpu in build.gpus
         ]
     elif build.gpu_hardware and not build.gpu_offload:
@@ -171,6 +179,15 @@ def judge_build(build: Build) -> list[Finding]:
         )
         names = ", ".join(build.gpu_hardware)
         found.append(warning("gpu", f"there is a GPU ({names}); llama.cpp cannot use it", advice))
+    elif build.gpu_hardware:
+        message = (
+            f"there is a GPU ({', '.join(build.gpu_hardware)}), and llama.cpp, built for one, finds none"
+        )
+        advice = (
+            "Check that its driver works (nvidia-smi, rocminfo), that nothing hides it "
+            "(CUDA_VISIBLE_DEVICES), and that llama.cpp is built for its kind."
+        )
+        found.append(warning("gpu", message, advice))
     else:
         found.append(ok("gpu", "none; models run on the processor"))
     return found
@@ -195,7 +212,7 @@ def judge_cpu(cpu: Cpu, threads: int) -> list[Finding]:
     physical = f", {cpu.physical} physical" if cpu.physical else ""
     limits = f", {usable:g} of them usable" if usable < cpu.logical else ""
     found = [ok(area, f"{cpu.logical} logical cores{physical}{limits}")]
-    wanted = threads or cpu.physical or cpu.logical
+    wanted = threads or min(cpu.physical or cpu.logical, cpu.allowed)  # as a worker chooses
     fitting = max(1, int(usable))
     if wanted > fitting:
         setting = f"--threads is {threads}" if threads else f"a worker starts {wanted} threads by default"
@@ -218,19 +235,23 @@ class Memory:
     limit: int | None
     """Of a cgroup; None without one."""
 
+    @property
+    def allowed(self) -> int:
+        """Bytes that may be used of it."""
+        return self.total if self.limit is None else min(self.total, self.limit)
 
-def judge_memory(memory: Memory, largest_model_bytes: int = 0) -> list[Finding]:
-    """Judge the RAM, beside the largest model that might be loaded."""
+
+def judge_memory(memory: Memory) -> list[Finding]:
+    """Judge the RAM."""
     area = "memory"
     total = memory.total if memory.limit is None else min(memory.total, memory.limit)
-    limited = f" (the limit of a cgroup; the machine has {gib(memory.total)})" if total < memory.total else ""
-    found = [ok(area, f"{gib(total)}{limited}, {gib(memory.available)} available")]
+    limited = (
+        f" (the limit of a cgroup; the machine has {size_text(memory.total)})" if total < memory.total else ""
+    )
+    found = [ok(area, f"{size_text(total)}{limited}, {size_text(memory.available)} available")]
     if memory.available < LOW_MEMORY_BYTES:
         advice = "Stop other programs, or unload models: a model that does not fit is killed while it loads."
-        found.append(warning(area, f"only {gib(memory.available)} are available", advice))
-    if largest_model_bytes > total:
-        message = f"the largest model has {gib(largest_model_bytes)}, more than the memory there is"
-        found.append(warning(area, message, "Take a smaller quantisation, or offload layers to a GPU."))
+        found.append(warning(area, f"only {size_text(memory.available)} are available", advice))
     return found
 
 
@@ -248,9 +269,14 @@ def judge_limits(files: int, locked_bytes: int) -> list[Finding]:
     else:
         found.append(ok(area, f"{files_text} open files"))
     # Paddock locks nothing: a small limit keeps nothing from working.
-    locked = "unlimited" if locked_bytes == UNLIMITED else gib(locked_bytes)
+    locked = "unlimited" if locked_bytes == UNLIMITED else size_text(locked_bytes)
     found.append(ok(area, f"locked memory: {locked}"))
     return found
+
+
+MODELS: Final = "models"
+STATE: Final = "state"
+HUB_CACHE: Final = "hub cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,78 +284,26 @@ class Disk:
     """A file system that something of ours lies on."""
 
     holds: tuple[str, ...]
-    """What lies there: `models`, `state`, `hub cache`."""
+    """What lies there: MODELS, STATE, HUB_CACHE."""
     path: str
     free_bytes: int
     total_bytes: int
 
 
 def judge_disks(disks: Sequence[Disk]) -> list[Finding]:
-    """Judge free space."""
+    """Judge free space, where something is written: the hub's cache, and a little state. What only holds
+    models may be full, or read-only."""
     found: list[Finding] = []
     for disk in disks:
-        what = f"{gib(disk.free_bytes)} of {gib(disk.total_bytes)} free at {disk.path}"
+        what = f"{_free_text(disk.free_bytes, disk.total_bytes)} at {disk.path}"
         what += f" ({', '.join(disk.holds)})"
-        if disk.free_bytes < FULL_DISK_BYTES:
+        if disk.free_bytes < FULL_DISK_BYTES and {STATE, HUB_CACHE} & set(disk.holds):
             found.append(problem("disk", what, "Make room: nothing can be remembered or downloaded."))
-        elif disk.free_bytes < LOW_DISK_BYTES:
+        elif disk.free_bytes < LOW_DISK_BYTES and HUB_CACHE in disk.holds:
             found.append(warning("disk", what, "Make room before you download a model."))
         else:
             found.append(ok("disk", what))
     return found
-
-
-class Answer(StrEnum):
-    """Who is at a port."""
-
-    FREE = "free"
-    PADDOCK = "paddock"
-    OTHER = "other"
-    """Something answers that is not Paddock."""
-    REFUSED = "refused"
-    """Nobody answers, and it cannot be listened on either."""
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An address of ours, and who is there."""
-
-    purpose: str
-    """`gRPC` or `HTTP`."""
-    address: str
-    flag: str
-    """The setting of the port, for example `--grpc-port`."""
-    answer: Answer
-    detail: str = ""
-    """The version of a Paddock, or why the address is refused."""
-
-
-def judge_port(port: Port) -> Finding:
-    """Judge an address a server would listen on."""
-    name = f"{port.purpose} {port.address}"
-    match port.answer:
-        case Answer.FREE:
-            return ok("ports", f"{name} is free")
-        case Answer.PADDOCK:
-            return ok("ports", f"{name}: Paddock {port.detail} answers".replace("  ", " "))
-        case Answer.OTHER:
-            message = f"{name} is taken by something that is not Paddock"
-            return problem("ports", message, f"Choose another with {port.flag}, or stop what is there.")
-        case Answer.REFUSED:
-            message = f"{name} cannot be listened on: {port.detail}"
-            return problem("ports", message, f"Choose another with {port.flag}.")
-
-
-def judge_exposure(hosts: Mapping[str, str]) -> list[Finding]:
-    """Judge the addresses, by purpose, that other machines reach: nobody is asked for a key yet."""
-    return [
-        warning(
-            "ports",
-            f"{purpose} listens on {host}: whoever reaches it can use the server",
-            "Listen on 127.0.0.1, or put something that checks its users before it.",
-        )
-        for purpose, host in hosts.items()
-    ]
 
 
 CONFIG_AREA: Final = "config"
@@ -347,6 +321,8 @@ class Models:
     broken: Mapping[str, str]
     """Why a model cannot be loaded, by id."""
     largest_bytes: int
+    absent: int = 0
+    """Models among them that are still to be downloaded."""
     files: tuple[str, ...] = ()
     """The configuration files."""
     left_out: tuple[str, ...] = ()
@@ -366,17 +342,23 @@ def judge_invalid_config(sentences: Sequence[str]) -> list[Finding]:
     return [problem(CONFIG_AREA, sentence, "Correct it: no server starts with it.") for sentence in sentences]
 
 
-def judge_models(models: Models) -> list[Finding]:
-    """Judge what there is to load."""
+def judge_models(models: Models, memory_bytes: int) -> list[Finding]:
+    """Judge what there is to load, beside the memory that may be used."""
     area = "models"
     where = ", ".join(models.directories)
-    usable = models.count - len(models.broken)
+    usable = models.count - len(models.broken) - models.absent
     found: list[Finding] = []
     if usable:
         found.append(ok(area, f"{usable} usable in {where}"))
     else:
         advice = "Put a GGUF file there, or name another directory with --models-dir."
         found.append(warning(area, f"none usable in {where}", advice))
+    if models.absent:
+        absent = counted(models.absent, "model")
+        found.append(ok(area, f"{absent} of the configuration still to be downloaded"))
+    if models.largest_bytes > memory_bytes:
+        message = f"the largest has {size_text(models.largest_bytes)}, more than the memory there is"
+        found.append(warning(area, message, "Take a smaller quantisation, or offload layers to a GPU."))
     advice = "Replace or remove the file; the others are served without it."
     found += [
         warning(area, f"{id_!r} cannot be loaded: {why}", advice)
@@ -420,9 +402,11 @@ class Hub:
     """Where a token comes from; empty without one."""
 
 
-def judge_hub(hub: Hub) -> list[Finding]:
-    """Judge the settings downloads go by."""
+def judge_hub(hub: Hub | None) -> list[Finding]:
+    """Judge the settings downloads go by; None: its models are not served."""
     area = "hub"
+    if hub is None:
+        return [ok(area, "off: its models are neither served nor downloaded")]
     token = f"a token from {hub.token_from}" if hub.token_from else "no token"
     mode = "offline mode" if hub.offline else "not asked whether it answers"
     found: list[Finding] = []
@@ -436,56 +420,4 @@ def judge_hub(hub: Hub) -> list[Finding]:
         found.append(warning(area, f"the cache {hub.cache} cannot be written: {hub.cache_fault}", advice))
     else:
         found.append(ok(area, f"cache {hub.cache}"))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A server that answered."""
-
-    address: str
-    version: str
-    uptime_seconds: float
-    serving: bool
-    """What its health service says."""
-    loaded: int
-    failed: Mapping[str, str]
-    """Why models have failed, by id."""
-    restarts: Mapping[str, int]
-    """Workers that were replaced, by model; those above 0."""
-    memory: Mapping[str, tuple[int, int]]
-    """Bytes that models hold and may have, by device."""
-
-
-def judge_running(running: Running | None, address: str, own_version: str) -> list[Finding]:
-    """Judge the running server; None is that none answers."""
-    area = "server"
-    if running is None:
-        return [ok(area, f"none answers at {address}")]
-    minutes = int(running.uptime_seconds // 60)
-    found = [
-        ok(
-            area,
-            f"{running.address}: Paddock {running.version}, up {minutes} min, {running.loaded} models loaded",
-        )
-    ]
-    found += [
-        ok(area, f"models hold {gib(held)} of the {gib(budget)} they may have of {device}")
-        for device, (held, budget) in running.memory.items()
-    ]
-    if not running.serving:
-        found.append(warning(area, "it is not serving: it is stopping", "Start it again with `paddock up`."))
-    if running.version != own_version:
-        message = f"it is version {running.version}, this program {own_version}"
-        found.append(warning(area, message, "Restart the server after an upgrade."))
-    found += [
-        warning(area, f"model {model!r} failed: {why}", f"`paddock show {model}` shows more.")
-        for model, why in sorted(running.failed.items())[:NAMED_MODELS]
-    ]
-    found += [
-        warning(
-            area, f"the worker of {model!r} was restarted {count} times", f"`paddock logs {model}` shows why."
-        )
-        for model, count in sorted(running.restarts.items())[:NAMED_MODELS]
-    ]
     return found

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from paddock_server.addresses import without_credentials
 from paddock_server.catalog import Catalog
-from paddock_server.catalog.hub_names import without_credentials
 from paddock_server.doctor.findings import (
     UNLIMITED,
     Build,
@@ -100,15 +100,16 @@ def build(command: Sequence[str] = PROBE_COMMAND) -> Build:
         raise LlamaError(message) from error
     try:
         gpus, _ = parsed_answer(done.stdout)
-    except ValueError as error:
+        said: dict[str, Any] = json.loads(done.stdout)
+        system_info, gpu_offload = str(said["system_info"]), bool(said["gpu_offload"])
+    except (ValueError, KeyError) as error:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         message = f"loading it ended with {ended}: {lines[-1][:400]}"
         raise LlamaError(message) from error
-    said: dict[str, Any] = json.loads(done.stdout)
     return Build(
-        system_info=said["system_info"],
-        gpu_offload=said["gpu_offload"],
+        system_info=system_info,
+        gpu_offload=gpu_offload,
         gpus=gpus,
         cpu_flags=_cpu_flags(),
         gpu_hardware=tuple(sorted({name for path, name in _GPU_TRACES.items() if Path(path).exists()})),
@@ -165,6 +166,7 @@ def models(config: ServerConfig) -> Models:
     return Models(
         directories=tuple(str(place) for place in places),
         count=len(entries),
+        absent=sum(entry.absent is not None for entry in entries),
         broken={entry.id: entry.problem.message for entry in entries if entry.problem is not None},
         largest_bytes=max((entry.size_bytes for entry in entries if entry.problem is None), default=0),
         files=tuple(str(path) for path in (config.config_file, config.models_preset) if path is not None),
@@ -192,7 +194,15 @@ def write_fault(directory: Path) -> str:
 def nearest(path: Path) -> Path:
     """Return the path, or the nearest one above that exists."""
     path = path.absolute()
-    return next((level for level in (path, *path.parents) if level.exists()), path)
+    return next((level for level in (path, *path.parents) if _exists(level)), path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:  # also when somebody else's directory is in between
+        return False
+    return True
 
 
 def disks(places: Iterable[tuple[str, Path]]) -> list[Disk]:

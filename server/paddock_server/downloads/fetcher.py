@@ -96,13 +96,18 @@ class Fetch:
         send: Callable[[Message], None],
         patience: Patience | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        *,
+        resumed: bool = False,
     ) -> None:
+        """Make it; `run` downloads. `resumed`: the hub has been reached for this download before, so that
+        not to reach it now is a fault that passes."""
         self._hub = hub
         self._ref = ref
         self._send = send
         self._reporter = Reporter(send)
         self._patience = patience or Patience()
         self._sleep = sleep
+        self._resumed = resumed
 
     def run(self) -> None:
         """Download. The last message is `Done`.
@@ -114,7 +119,7 @@ class Fetch:
 
         if self._hub.offline:
             raise offline(self._ref)
-        listing = self._again(lambda: self._hub.list_files(self._ref), lambda: 0)
+        listing = self._again(lambda: self._hub.list_files(self._ref), lambda: 0, first=not self._resumed)
         model, files = self._chosen(listing)
         place = transfer.Place(self._hub.cache_dir, self._ref.repo_id)
         total = sum(file.size_bytes for file in files)
@@ -190,9 +195,12 @@ class Fetch:
             lambda: place.present_bytes(file),
         )
 
-    def _again(self, attempt: Callable[[], ResultT], progress: Callable[[], int]) -> ResultT:
+    def _again(
+        self, attempt: Callable[[], ResultT], progress: Callable[[], int], *, first: bool = False
+    ) -> ResultT:
         """Try until it works, as long as faults pass by themselves. `progress` grows when an attempt that
-        failed has brought something; such attempts do not count."""
+        failed has brought something; such attempts do not count. The `first` request of all is not repeated
+        when nobody can be connected to: that is a wrong address or a machine without a network."""
         from paddock_server.downloads import hub
 
         patience = self._patience
@@ -202,6 +210,9 @@ class Fetch:
             try:
                 return attempt()
             except hub.TransientError as error:
+                if first and isinstance(error, hub.UnreachableError):
+                    raise self._out_of_reach(error) from error
+                first = False
                 fruitless = 0 if progress() > before else fruitless + 1
                 asked = error.retry_after_seconds or 0.0
                 if fruitless >= patience.attempts or asked > patience.longest_asked_wait_seconds:
@@ -222,7 +233,7 @@ class Fetch:
             self._reporter.tell()
 
     def _unreachable(self, error: TransientError) -> PaddockError:
-        metadata = {"repo_id": self._ref.repo_id, "endpoint": self._hub.shown_endpoint}
+        metadata = self._metadata()
         if error.status:
             metadata["status"] = str(error.status)
         return make_error(
@@ -231,6 +242,16 @@ class Fetch:
             metadata=metadata,
             retry_after_seconds=error.retry_after_seconds,
         )
+
+    def _out_of_reach(self, error: TransientError) -> PaddockError:
+        message = (
+            f"{error.message} Check the server's network and HF_ENDPOINT, or put a file that you have into a "
+            "directory of --models-dir."
+        )
+        return make_error(Reason.HUB_UNREACHABLE, message, metadata=self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        return {"repo_id": self._ref.repo_id, "endpoint": self._hub.shown_endpoint}
 
 
 def offline(ref: HubRef) -> PaddockError:
@@ -250,6 +271,7 @@ def main() -> NoReturn:
     parser.add_argument("--revision", required=True, help="branch, tag or commit")
     parser.add_argument("--pattern", required=True, help="quantization, file name or glob; may be empty")
     parser.add_argument("--parent-pid", type=int, required=True, help="process id of the server")
+    parser.add_argument("--resumed", action="store_true", help="the hub has been reached for it before")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
     _limit_memory()
@@ -260,7 +282,7 @@ def main() -> NoReturn:
 
     ref = hub_ref(arguments.repo, arguments.revision, arguments.pattern)
     try:
-        Fetch(Hub.from_environment(), ref, _send).run()
+        Fetch(Hub.from_environment(), ref, _send, resumed=arguments.resumed).run()
     except PaddockError as error:
         _send(failed(error))
     except OSError as error:

@@ -5,6 +5,7 @@ Every request is one attempt: what passes by itself is raised as `TransientError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import hf_raise_for_status
 
 from paddock.errors import PaddockError, Reason, make_error
-from paddock_server.catalog.hub_names import is_commit, is_digest, without_credentials
+from paddock_server.addresses import without_credentials
+from paddock_server.catalog.hub_names import is_commit, is_digest
 
 if TYPE_CHECKING:
     from paddock_server.catalog import HubRef
@@ -32,6 +34,7 @@ _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 _MAX_FILES: Final = 100_000
 _MAX_NAME_BYTES: Final = 255
 """What disks take for one part of a path."""
+_ERROR_NUMBER: Final = re.compile(r"^\[Errno -?\d+\] ")
 
 
 class TransientError(Exception):
@@ -48,6 +51,10 @@ class TransientError(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.status = status
         super().__init__(message)
+
+
+class UnreachableError(TransientError):
+    """Nobody could be connected to: there is no such name, no way there, or nobody who listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class Hub:
 
     @property
     def shown_endpoint(self) -> str:
-        """The endpoint for messages: without the name and the password that it may have."""
+        """The endpoint for messages: people put passwords into addresses."""
         return without_credentials(self.endpoint)
 
     @classmethod
@@ -153,11 +160,16 @@ class Hub:
             yield
         except HfHubHTTPError as error:
             raise self._of_status(ref, path, error) from None  # its text may hold a signed address
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise UnreachableError(self._failed(error)) from error
         except httpx2.RequestError as error:
-            message = f"The connection to {self.shown_endpoint} failed: {error or type(error).__name__}."
-            raise TransientError(message) from error
+            raise TransientError(self._failed(error)) from error
         except (TypeError, KeyError, AttributeError, ValueError, RecursionError, MemoryError) as error:
             raise self._unusable(ref, f"its answer cannot be read ({type(error).__name__})") from error
+
+    def _failed(self, error: httpx2.RequestError) -> str:
+        what = _ERROR_NUMBER.sub("", str(error)) or type(error).__name__
+        return f"The connection to {self.shown_endpoint} failed: {what}."
 
     def _of_status(self, ref: HubRef, path: str, error: HfHubHTTPError) -> Exception:
         status = error.response.status_code

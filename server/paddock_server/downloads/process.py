@@ -67,8 +67,11 @@ class FetcherLauncher:
     """A fetcher that says nothing for so long is killed. It speaks every second while anything moves, and a
     request of its own times out after 20 s."""
 
-    async def run(self, ref: HubRef, receive: Callable[[Message], None]) -> Done | Failed:
-        """Run a fetcher to its end and hand on what it says. Cancelling kills it.
+    async def run(
+        self, ref: HubRef, receive: Callable[[Message], None], *, resumed: bool = False
+    ) -> Done | Failed:
+        """Run a fetcher to its end and hand on what it says. Cancelling kills it. `resumed`: the hub has been
+        reached for this download before.
 
         Raises:
             FetcherStalledError, FetcherCrashedError, OSError: it did not get to an end.
@@ -79,6 +82,7 @@ class FetcherLauncher:
             f"--revision={ref.revision}",
             f"--pattern={ref.pattern}",
             f"--parent-pid={os.getpid()}",
+            *(("--resumed",) if resumed else ()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from paddock.errors import Reason, make_error
+from paddock.sizes import size_text
 from paddock_server.catalog.hub_cache import lock_path, repo_folder
 from paddock_server.downloads.hub import RepoFile, TransientError
 
@@ -149,7 +150,8 @@ def fetch_rest(
                 arrived(len(chunk))
         os.fsync(output.fileno())
     if offset < file.size_bytes:
-        message = f"The connection ended after {offset} of {file.size_bytes} bytes of {file.path!r}."
+        arrived_text = f"{size_text(offset)} of {size_text(file.size_bytes)}"
+        message = f"The connection ended after {arrived_text} of {file.path!r}."
         raise TransientError(message)
 
 
@@ -198,14 +200,14 @@ def disk_errors(folder: Path) -> Generator[None]:
 def disk_full(folder: Path, needed_bytes: int | None) -> Exception:
     """Return the error about a disk without room; `needed_bytes` is what was still to come, where known."""
     free = free_bytes(folder)
-    told = (
-        f"{needed_bytes} bytes are needed and {free} are free" if needed_bytes else f"{free} bytes are free"
-    )
+    needed = f"{size_text(needed_bytes)} are needed and " if needed_bytes else ""
     metadata = {"path": str(folder), "free_bytes": str(free)}
     if needed_bytes:
         metadata["needed_bytes"] = str(needed_bytes)
     return make_error(
-        Reason.DISK_FULL, f"The disk of the hub's cache at {folder} is full: {told}.", metadata=metadata
+        Reason.DISK_FULL,
+        f"The disk of the hub's cache at {folder} is full: {needed}{size_text(free)} are free.",
+        metadata=metadata,
     )
 
 

@@ -364,7 +364,9 @@ class Downloads:
         while True:
             before = job.completed_bytes
             try:
-                return await self._launcher.run(job.ref, partial(self._receive, job))
+                return await self._launcher.run(
+                    job.ref, partial(self._receive, job), resumed=job.resolved is not None
+                )
             except (FetcherStalledError, FetcherCrashedError, OSError) as error:
                 fruitless = 0 if job.completed_bytes > before else fruitless + 1
                 text = str(error)

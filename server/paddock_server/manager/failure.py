@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from paddock.errors import DEFAULT_RETRY_SECONDS, FieldViolation, PaddockError, Reason, make_error
+from paddock.sizes import size_text
 from paddock.v1 import model_pb2
 from paddock_server.supervisor import WorkerCrashedError
 
@@ -244,7 +245,18 @@ def never_fits(model: str, figures: Mapping[str, str]) -> Failure:
 
 
 def _told(figures: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in figures.items())
+    """Return figures of an admission for a person; programs take the bytes from the metadata."""
+    return ", ".join(_figure(*name.partition("."), value) for name, value in figures.items())
+
+
+def _figure(what: str, dot: str, of: str, value: str) -> str:
+    if what.endswith("_bytes"):
+        return f"{what.removesuffix('_bytes')} {size_text(int(value))} of {of}"
+    if what == "held_by":
+        sizes = [item.partition("=") for item in value.split(",")]
+        held = [f"{size_text(int(size))} of {device}" if size else device for device, _, size in sizes]
+        return f"{of} holds {' and '.join(held)}"
+    return f"{what}{dot}{of} {value}"
 
 
 def no_room_beside_pinned(model: str, pinned: Sequence[str], figures: Mapping[str, str]) -> Failure:

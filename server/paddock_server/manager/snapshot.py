@@ -119,7 +119,7 @@ def model_proto(
     if state.phase is not Phase.UNLOADED:
         model.runtime_options.CopyFrom((state.effective or state.options).to_proto())
     if worker is not None:
-        model.worker.CopyFrom(_worker(worker, state.restart_count))
+        model.worker.CopyFrom(_worker(worker, state))
         model.workers.add().CopyFrom(model.worker)
     if state.failure is not None:
         model.last_failure.CopyFrom(state.failure.to_proto(times.failed))
@@ -153,17 +153,18 @@ _PHASES: Final = {
 }
 
 
-def _worker(worker: LiveWorker, restart_count: int) -> model_pb2.Worker:
+def _worker(worker: LiveWorker, state: ActorState) -> model_pb2.Worker:
     proto = model_pb2.Worker(
-        pid=worker.pid, restart_count=restart_count, resident_bytes=worker.resident_bytes()
+        pid=worker.pid, restart_count=state.restart_count, resident_bytes=worker.resident_bytes()
     )
+    if state.effective is not None:  # known with the load; what is used of it comes with heartbeats
+        proto.kv_cache_total_tokens = state.effective.context_size_tokens
     _set(proto.start_time, worker.start_time)
     heartbeat = worker.heartbeat
     if heartbeat is not None:
         proto.active_request_count = heartbeat.active_sequence_count
         proto.queued_request_count = heartbeat.queued_request_count
         proto.kv_cache_used_tokens = heartbeat.kv_cache_used_tokens
-        proto.kv_cache_total_tokens = heartbeat.kv_cache_total_tokens
     return proto
 
 

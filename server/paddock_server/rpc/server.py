@@ -10,6 +10,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from paddock.listening import GRPC, bind_error, cannot_listen, host_port
 from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
 from paddock_server.rpc.health import SERVING, HealthServicer, follow_models
 from paddock_server.rpc.interceptor import CallInterceptor
@@ -65,16 +66,13 @@ class RpcServer:
         if with_reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound_port = self._server.add_insecure_port(target)
+            bound_port = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as error:
-            message = (
-                f"Cannot listen for gRPC on {target}: the port is taken or the address is not ours. "
-                "Choose another with --grpc-port or --grpc-host."
-            )
-            raise AddressInUseError(message) from error
-        self.address = f"[{host}]:{bound_port}" if ":" in host else f"{host}:{bound_port}"
+            # gRPC does not say why.
+            why = bind_error(host, port) or error
+            raise AddressInUseError(cannot_listen(GRPC, host, port, why)) from error
+        self.address = host_port(host, bound_port)
 
     async def start(self) -> None:
         """Accept calls, and say so in the health service."""

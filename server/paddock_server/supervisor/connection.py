@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, cast
 from google.protobuf.message import DecodeError
 
 from paddock.errors import PaddockError, Reason, make_error
+from paddock.sizes import size_text
 from paddock_server.supervisor.failures import error_of_failure
 from paddock_server.supervisor.loading import LoadInbox
 from paddock_server.worker.framing import (
@@ -278,7 +279,7 @@ class Connection(asyncio.Protocol):
         try:
             self.send(frame)
         except FrameError as error:
-            message = f"The request is too large for a worker; {MAX_FRAME_BYTES} bytes is the most."
+            message = f"The request is too large for a worker; {size_text(MAX_FRAME_BYTES)} is the most."
             raise make_error(Reason.INVALID_FIELD, message, metadata={"model": self._model_id}) from error
 
     def _break(self, what: str) -> None:

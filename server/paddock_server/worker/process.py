@@ -66,7 +66,6 @@ class WorkerProcess:
         self._load_abort = threading.Event()
         self._engine: Engine | None = None
         self._preparer: Preparer | None = None
-        self._cells = 0
         self._most_waiting = 0
         self._starts: queue.SimpleQueue[tuple[worker_pb2.Start, float] | int | None] = queue.SimpleQueue()
         """Requests to prepare, cancels behind them, and None as the last."""
@@ -155,7 +154,6 @@ class WorkerProcess:
             return
         with loaded:
             preparer = self._preparer = Preparer(loaded)
-            self._cells = loaded.context_size
             self._most_waiting = loaded.slot_count + loaded.queue_limit
             engine = self._engine = Engine(loaded, send=self._connection.send)
             ready = loaded.to_ready(has_chat_template=preparer.has_chat_template)
@@ -243,7 +241,6 @@ class WorkerProcess:
             active_sequence_count=stats.active_sequences,
             queued_request_count=stats.queued_requests,
             kv_cache_used_tokens=stats.used_cells,
-            kv_cache_total_tokens=self._cells,
             step_count=stats.steps,
             step_milliseconds=engine.step_milliseconds,
             preparation_milliseconds=self._preparation_watch.milliseconds,

@@ -204,8 +204,7 @@ def up(flags: Mapping[str, object], config: ConfigOption = None) -> None:
                 gateways.append(gateway)
                 yield gateway
         except ListenError as error:
-            message = f"{error} The flags are --host and --port."
-            raise StartError(message) from error
+            raise StartError(str(error)) from error
 
     def ready(server: RunningServer) -> None:
         _announce(settings, server.grpc_address, gateways[0].url)
@@ -267,7 +266,7 @@ def gateway(
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(run())
     except ListenError as error:
-        output.error(f"{error} The flags are --host and --port.")
+        output.error(str(error))
         raise typer.Exit(ExitCode.FAILED) from error
 
 

@@ -9,13 +9,13 @@ from rich.text import Text
 from paddock.cli.listing import expiry_verb
 from paddock.cli.output import (
     ago_text,
-    bytes_text,
     count_text,
     download_text,
     seconds_since,
     seconds_text,
     state_text,
 )
+from paddock.sizes import size_text
 from paddock.types import HuggingFaceSource, Model, ModelOrigin, ModelSource, RuntimeOptions
 
 Fact = tuple[str, str | Text]
@@ -27,7 +27,7 @@ def facts(model: Model, now: datetime | None = None) -> list[Fact]:
         ("Model", model.id),
         *_names(model),
         ("State", state_text(model.state)),
-        ("Files", f"{_source(model.source)}, {bytes_text(model.size_bytes)}, {model.artifact_state}"),
+        ("Files", f"{_source(model.source)}, {size_text(model.size_bytes)}, {model.artifact_state}"),
         *_download(model),
         *_info(model),
         *_running(model, now),
@@ -62,8 +62,8 @@ def _download(model: Model) -> list[Fact]:
     download = model.download
     if download is None:
         return []
-    figures = f"{bytes_text(download.completed_bytes)} of {bytes_text(download.total_bytes)}"
-    rate = f", {bytes_text(download.bytes_per_second)}/s" if download.bytes_per_second else ""
+    figures = f"{size_text(download.completed_bytes)} of {size_text(download.total_bytes)}"
+    rate = f", {size_text(download.bytes_per_second)}/s" if download.bytes_per_second else ""
     facts: list[Fact] = [("Download", Text.assemble(download_text(download), f", {figures}{rate}"))]
     return [*facts, ("", download.failure.message)] if download.failure is not None else facts
 
@@ -95,7 +95,7 @@ def _running(model: Model, now: datetime | None) -> list[Fact]:
     facts: list[Fact] = []
     for worker in model.workers:
         facts += [
-            ("Worker", f"process {worker.pid}, {bytes_text(worker.resident_bytes)} resident"),
+            ("Worker", f"process {worker.pid}, {size_text(worker.resident_bytes)} resident"),
             (
                 "KV cache",
                 f"{worker.kv_cache_used_tokens} of {worker.kv_cache_total_tokens} tokens"
@@ -109,7 +109,7 @@ def _running(model: Model, now: datetime | None) -> list[Fact]:
         facts.append(("Requests", requests))
     if model.memory is not None and model.memory.bytes:
         sizes = ", ".join(
-            f"{device} {bytes_text(size)}" for device, size in sorted(model.memory.bytes.items())
+            f"{device} {size_text(size)}" for device, size in sorted(model.memory.bytes.items())
         )
         facts.append(("Memory", f"{sizes} ({model.memory.phase})"))
     if model.runtime_options is not None:

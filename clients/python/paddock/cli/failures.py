@@ -75,6 +75,8 @@ def describe(error: PaddockError, server: str) -> str:
             return f"{error.message} `paddock logs {model}` shows what its worker wrote."
         case Reason.INTERNAL if error.request_id:
             return f"{error.message} The server's log says more under the request id {error.request_id}."
+        case Reason.HUB_UNREACHABLE if "status" not in error.metadata:
+            return error.message  # nobody answered: to try again in a moment is no advice
         case _ if error.row.retryable:
             return f"{error.message} Try again in {error.retry_after_seconds or 1:g} s."
         case _:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paddock.cli import output
-from paddock.cli.output import bytes_text, note, write_json
+from paddock.cli.output import note, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, ServerOption, call, valid_text
+from paddock.sizes import size_text
 
 if TYPE_CHECKING:
     from paddock.client import Client
@@ -71,7 +72,7 @@ async def _pull(client: Client, name: str, *, as_json: bool) -> None:
         with load_view() as view:
             async for progress in stream:
                 view.show(progress)
-        note(f"Downloaded {stream.model.id} ({bytes_text(stream.model.size_bytes)}).")
+        note(f"Downloaded {stream.model.id} ({size_text(stream.model.size_bytes)}).")
 
 
 def rm(
@@ -85,4 +86,4 @@ def rm(
     if as_json:
         write_json({"model": model, "freed_bytes": freed})
         return
-    note(f"Deleted {model}; {bytes_text(freed)} are free again.")
+    note(f"Deleted {model}; {size_text(freed)} are free again.")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from paddock.cli.output import (
     brief_text,
-    bytes_text,
     count_text,
     download_text,
     seconds_since,
     state_text,
 )
+from paddock.sizes import size_text
 from paddock.types import (
     HuggingFaceSource,
     MemoryPhase,
@@ -42,7 +42,7 @@ def memory_text(model: Model) -> str:
     if not size:
         return NONE
     phase = charge.phase if charge is not None else MemoryPhase.MEASURED
-    return f"{bytes_text(size)} {_PHASES[phase]}".strip()
+    return f"{size_text(size)} {_PHASES[phase]}".strip()
 
 
 _PHASES: Final[Mapping[MemoryPhase, str]] = {
@@ -113,7 +113,7 @@ def _source(model: Model, now: datetime | None) -> str:
 COLUMNS: Final[Mapping[str, Cell]] = {
     "MODEL": lambda model, now: model.id,
     "STATE": _state,
-    "SIZE": lambda model, now: bytes_text(model.size_bytes),
+    "SIZE": lambda model, now: size_text(model.size_bytes),
     "MEMORY": lambda model, now: memory_text(model),
     # Requests that use the model, whether they have a slot or wait for one.
     "REQUESTS": lambda model, now: str(model.lease_count) if model.lease_count else NONE,

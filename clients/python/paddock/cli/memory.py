@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from paddock.cli import output
-from paddock.cli.output import bytes_text, note, results, write_json
+from paddock.cli.output import note, write_json
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, ServerOption, call
+from paddock.sizes import size_text
 from paddock.types import MemoryVerdict, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -65,10 +66,9 @@ def estimate(
     if as_json:
         write_json(found, indent=2)
         return
-    console = results()
     others = [other for other in models if model not in {other.id, f"hf:{other.id}", *other.aliases}]
     rows = _rows(found, others)
-    console.print(output.table(("DEVICE", "FOR", "MEMORY"), rows, width=console.width))
+    output.show_table(("DEVICE", "FOR", "MEMORY"), rows)
     chosen = found.options
     note(
         f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
@@ -84,16 +84,16 @@ def _rows(found: MemoryEstimate, others: Sequence[Model]) -> list[tuple[str, str
     for device in found.devices:
         name = device.device
         rows += [
-            (name, part.kind.replace("_", " "), bytes_text(part.size_bytes))
+            (name, part.kind.replace("_", " "), size_text(part.size_bytes))
             for part in found.parts
             if part.device == name
         ]
-        total = f"{bytes_text(device.needed_bytes)} of {bytes_text(device.budget_bytes)}"
+        total = f"{size_text(device.needed_bytes)} of {size_text(device.budget_bytes)}"
         rows.append((name, "all", total))
         holders = [(other.id, _held_bytes(other, name)) for other in others]
-        rows += [(name, f"held by {id_}", bytes_text(held)) for id_, held in holders if held]
+        rows += [(name, f"held by {id_}", size_text(held)) for id_, held in holders if held]
         free = max(device.budget_bytes - device.held_bytes, 0)
-        rows.append((name, "free now", bytes_text(free)))
+        rows.append((name, "free now", size_text(free)))
     return rows
 
 

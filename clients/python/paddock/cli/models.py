@@ -12,7 +12,7 @@ import typer
 from paddock.cli import listing, output
 from paddock.cli.facts import facts
 from paddock.cli.memory import CacheTypeOption  # noqa: TC001  # typer reads the annotation
-from paddock.cli.output import note, results, seconds_text, write_json
+from paddock.cli.output import note, seconds_text, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import (
     DEFAULT_SERVER,
@@ -58,8 +58,7 @@ def _write_list(models: Sequence[Model], columns: Sequence[str], *, as_json: boo
     if as_json:
         write_json(models, indent=2)
         return
-    console = results(wide=wide)
-    console.print(output.table(columns, listing.rows(models, columns), width=console.width))
+    output.show_table(columns, listing.rows(models, columns), wide=wide)
 
 
 def show(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
@@ -68,7 +67,7 @@ def show(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: J
     if as_json:
         write_json(shown, indent=2)
         return
-    results().print(output.grid(facts(shown)))
+    output.show_grid(facts(shown))
 
 
 def load(

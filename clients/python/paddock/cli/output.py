@@ -7,20 +7,17 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, cast
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from paddock.types import Download, ModelState
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-_WIDE: Final = 10_000
-"""Columns of a console that is no terminal: a script wants whole names, not an ellipsis."""
 
 _STATE_STYLES: Final[Mapping[ModelState, str]] = {
     ModelState.LOADED: "green",
@@ -37,11 +34,13 @@ _LEAST_NAME: Final = 16
 _GAP: Final = 2
 """Between the columns of a table."""
 
+_GRID_GAP: Final = 3
+"""Between the names of a grid and their values."""
 
-def results(*, wide: bool = False) -> Console:
-    """Return the console for results. Plain text unless it is a terminal; as wide as the terminal unless
-    told otherwise."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() and not wide else _WIDE)
+
+def results() -> Console:
+    """Return the console for results. Plain text unless it is a terminal."""
+    return Console(highlight=False, soft_wrap=True)
 
 
 def notes() -> Console:
@@ -91,7 +90,22 @@ def as_object(value: DataclassInstance) -> dict[str, object]:
     return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width: int) -> Table:
+def show_table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, wide: bool = False) -> None:
+    """Write a table: no wider than the terminal, unless told otherwise; whole where there is none."""
+    results().print(table(header, rows, width=None if wide else _terminal_width()))
+
+
+def show_grid(rows: Iterable[tuple[str, str | Text]]) -> None:
+    """Write names with their values: folded at the width of the terminal, whole where there is none."""
+    results().print(grid(rows, width=_terminal_width()))
+
+
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal; None when results go elsewhere."""
+    return Console().width if sys.stdout.isatty() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width: int | None = None) -> Text:
     """Return a table without lines, as `docker ps` has it, that is no wider than `width`.
 
     The names in its first column give way first, so that the others stay whole; where that is not enough, the
@@ -102,16 +116,29 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width:
         max(cell_len(str(cell)) for cell in (name, *(row[index] for row in cells)))
         for index, name in enumerate(header)
     ]
-    least, count = min(widths[0], _LEAST_NAME), len(header)
-    while count > 2 and least + sum(_GAP + column for column in widths[1:count]) > width:
-        count -= 1
-    rest = sum(_GAP + column for column in widths[1:count])
-    result = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
-    for name in header[:count]:
-        result.add_column(name, no_wrap=True)
-    for first, *others in cells:
-        result.add_row(shortened(str(first), max(width - rest, least)), *others[: count - 1])
-    return result
+    count = len(header)
+    if width is not None:
+        least = min(widths[0], _LEAST_NAME)
+        while count > 2 and least + sum(_GAP + column for column in widths[1:count]) > width:
+            count -= 1
+        room = width - sum(_GAP + column for column in widths[1:count])
+        widths[0] = min(widths[0], max(room, least))
+    body = [(shortened(str(first), widths[0]), *others) for first, *others in cells]
+    lines = [_line(row[:count], widths) for row in ([Text(name, style="bold") for name in header], *body)]
+    for line in lines:
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
+    return Text("\n").join(lines)
+
+
+def _line(cells: Sequence[str | Text], widths: Sequence[int]) -> Text:
+    """Return cells beside each other, with nothing behind the last."""
+    line = Text()
+    for cell, width in zip(cells, widths, strict=False):
+        line.append(cell)
+        line.append(" " * (width - cell_len(str(cell)) + _GAP))
+    line.rstrip()
+    return line
 
 
 def shortened(name: str, width: int) -> Text:
@@ -126,14 +153,21 @@ def shortened(name: str, width: int) -> Text:
     return Text(set_cell_size(name, head).rstrip() + "…" + name[start:])
 
 
-def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    """Return names with their values, one a line."""
-    result = Table.grid(padding=(0, 3, 0, 0))
-    result.add_column(no_wrap=True, style="bold")
-    result.add_column(overflow="fold")
-    for row in rows:
-        result.add_row(*row)
-    return result
+def grid(rows: Iterable[tuple[str, str | Text]], *, width: int | None = None) -> Text:
+    """Return names with their values, one a line; longer values go on below, at `width` at the latest."""
+    facts = [(name, Text(value) if isinstance(value, str) else value) for name, value in rows]
+    indent = max(cell_len(name) for name, _ in facts) + _GRID_GAP
+    lines: list[Text] = []
+    for name, value in facts:
+        parts = value.split(allow_blank=True)
+        if width is not None:
+            console = Console(width=max(width - indent, 1))
+            parts = [line for part in parts for line in part.wrap(console, console.width, overflow="fold")]
+        for start, part in zip_longest((name,), parts, fillvalue=""):
+            line = Text.assemble((start, "bold"), " " * (indent - cell_len(start)), part)
+            line.rstrip()
+            lines.append(line)
+    return Text("\n").join(lines)
 
 
 def state_text(state: ModelState, reason: str = "") -> Text:
@@ -147,16 +181,6 @@ def download_text(download: Download) -> Text:
         return Text(f"download failed ({download.failure.reason})", style="red")
     share = f" {download.completed_bytes / download.total_bytes:.0%}" if download.total_bytes else ""
     return Text(f"paused{share}" if download.paused else f"downloading{share}", style="yellow")
-
-
-def bytes_text(count: int) -> str:
-    """Return a size for people: powers of 1000, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def count_text(count: int) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from paddock.cli.output import bytes_text, notes, seconds_text
+from paddock.cli.output import notes, seconds_text
+from paddock.sizes import size_text
 from paddock.types import LoadProgress, ProgressKind, Stage
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ class Meter:
             self.bytes_per_second = arrived / seconds if seconds > 0 and arrived > 0 else None
 
     def text(self) -> str:
-        """Say bytes and rate: `500 MB of 1.0 GB, 250 MB/s`; empty in stages that move none."""
+        """Say bytes and rate: `500 MiB of 1.0 GiB, 250 MiB/s`; empty in stages that move none."""
         if not self.completed_bytes and not self.total_bytes:
             return ""
-        done = bytes_text(self.completed_bytes)
+        done = size_text(self.completed_bytes)
         if self.total_bytes:
-            done = f"{done} of {bytes_text(self.total_bytes)}"
-        return f"{done}, {bytes_text(round(self.bytes_per_second))}/s" if self.bytes_per_second else done
+            done = f"{done} of {size_text(self.total_bytes)}"
+        return f"{done}, {size_text(round(self.bytes_per_second))}/s" if self.bytes_per_second else done
 
 
 class LoadView(Protocol):
@@ -177,10 +178,10 @@ class BarView:
 
 
 def finished_text(progress: LoadProgress, meter: Meter) -> str:
-    """Say how a stage ended: `1.0 GB in 2.5 s`."""
+    """Say how a stage ended: `1.0 GiB in 2.5 s`."""
     if progress.cached:
         return "nothing to do"
-    parts = [bytes_text(meter.total_bytes)] if meter.total_bytes else []
+    parts = [size_text(meter.total_bytes)] if meter.total_bytes else []
     if progress.stage_seconds is not None:
         parts.append(
             f"in {seconds_text(progress.stage_seconds)}" if parts else seconds_text(progress.stage_seconds)

@@ -182,7 +182,7 @@ class _Lines:
     def _print(self, model: str, what: Text) -> None:
         # The clock of this machine: what a person compares the line with.
         moment = datetime.now().astimezone().strftime("%H:%M:%S")
-        results().print(Text.assemble((moment, "dim"), f"  {model}  ", what), soft_wrap=True)
+        results().print(Text.assemble((moment, "dim"), f"  {model}  ", what))
 
 
 def _change(model: Model, previous: ModelState | None) -> Text:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paddock.sizes import size_text
 from paddock_server.catalog.configured.keys import Key
 from paddock_server.catalog.configured.problems import Place, Problem
 from paddock_server.catalog.setup import Origin
@@ -70,7 +71,7 @@ def read_bounded(path: Path) -> str:
         message = f"cannot be read: {error.strerror}"
         raise ValueError(message) from error
     if len(raw) > MAX_FILE_BYTES:
-        message = f"must be at most {MAX_FILE_BYTES} bytes long"
+        message = f"must be at most {size_text(MAX_FILE_BYTES)} long"
         raise ValueError(message)
     try:
         return raw.decode("utf-8-sig")

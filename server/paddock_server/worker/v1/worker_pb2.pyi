@@ -831,7 +831,6 @@ class Heartbeat(_message.Message):
     ACTIVE_SEQUENCE_COUNT_FIELD_NUMBER: _builtins.int
     QUEUED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     KV_CACHE_USED_TOKENS_FIELD_NUMBER: _builtins.int
-    KV_CACHE_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     STEP_MILLISECONDS_FIELD_NUMBER: _builtins.int
     PREPARATION_MILLISECONDS_FIELD_NUMBER: _builtins.int
@@ -841,8 +840,6 @@ class Heartbeat(_message.Message):
     """Requests waiting for a slot."""
     kv_cache_used_tokens: _builtins.int
     """Cells of the KV cache in use."""
-    kv_cache_total_tokens: _builtins.int
-    """Cells of the KV cache in all."""
     step_count: _builtins.int
     """Steps the engine has made."""
     step_milliseconds: _builtins.int
@@ -859,14 +856,13 @@ class Heartbeat(_message.Message):
         active_sequence_count: _builtins.int = ...,
         queued_request_count: _builtins.int = ...,
         kv_cache_used_tokens: _builtins.int = ...,
-        kv_cache_total_tokens: _builtins.int = ...,
         step_count: _builtins.int = ...,
         step_milliseconds: _builtins.int = ...,
         preparation_milliseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequence_count", b"active_sequence_count", "kv_cache_total_tokens", b"kv_cache_total_tokens", "kv_cache_used_tokens", b"kv_cache_used_tokens", "preparation_milliseconds", b"preparation_milliseconds", "queued_request_count", b"queued_request_count", "step_count", b"step_count", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequence_count", b"active_sequence_count", "kv_cache_used_tokens", b"kv_cache_used_tokens", "preparation_milliseconds", b"preparation_milliseconds", "queued_request_count", b"queued_request_count", "step_count", b"step_count", "step_milliseconds", b"step_milliseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
