@@ -15,7 +15,14 @@ from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError, Place, Problem
 from paddock_server.config import CHANGES_IN_PLACE, ConfigError, setting_lines
 from paddock_server.logs import configure_logging
-from paddock_server.manager import ManagerConfig, MemoryAdmission, MemoryPredictor, ModelManager, Settings
+from paddock_server.manager import (
+    ManagerConfig,
+    Measurements,
+    MemoryAdmission,
+    MemoryPredictor,
+    ModelManager,
+    Settings,
+)
 from paddock_server.memory import MachineWatch
 from paddock_server.reloading import follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
@@ -70,7 +77,8 @@ async def serving(
         StartError: an address is taken, a model directory cannot be read, or a configuration file does not
             validate.
     """
-    looking = asyncio.create_task(MachineWatch().look(), name="look-at-machine")
+    watch = MachineWatch()
+    looking = asyncio.create_task(watch.look(), name="look-at-machine")
     try:
         catalog = await asyncio.to_thread(
             Catalog,
@@ -84,15 +92,30 @@ async def serving(
         raise StartError(str(error)) from error
     machine = await looking
     budget = memory_budget(machine, config)
+    measured = Measurements(_state_file(config, "measured"))
+    release = version("paddock")
     manager = ModelManager(
         catalog=catalog,
         launcher=launcher or LocalLauncher(),
         config=manager_config(config),
         admission=MemoryAdmission(config.models_max, budget),
-        predictor=MemoryPredictor(machine.placement, budget),
+        predictor=MemoryPredictor(machine.placement, budget, measured, version=release),
         settings=lambda: _settings(config, budget),
     )
-    service = ModelManagerService(manager, version=version("paddock"))
+    service = ModelManagerService(manager, version=release, machine=watch)
+    async with measured.kept(), _running(config, catalog, manager, service, attach) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    config: ServerConfig,
+    catalog: Catalog,
+    manager: ModelManager,
+    service: ModelManagerService,
+    attach: Attach | None,
+) -> AsyncGenerator[RunningServer]:
+    """Do what `serving` says, with its parts."""
     try:
         rpc = RpcServer(
             service, host=config.grpc_host, port=config.grpc_port, with_reflection=config.reflection

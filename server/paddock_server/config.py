@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -19,11 +19,9 @@ from pydantic_settings import (
 
 from paddock_server.catalog.configured.toml_file import MODEL_TABLES
 from paddock_server.catalog.configured.toml_lines import key_lines
+from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS, DEFAULT_CACHE_TYPE
 
 ENV_PREFIX = "PADDOCK_"
-
-CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-"""The types llama-server names for `--cache-type-k` and `--cache-type-v`."""
 
 CHANGES_IN_PLACE = frozenset(
     {
@@ -53,6 +51,17 @@ DEMO_DIR = Path(__file__).resolve().parent / "demo"
 
 class ConfigError(Exception):
     """A setting is wrong; the message names it and says what would be right."""
+
+
+def _known_cache_type(value: str) -> str:
+    if value not in CACHE_TYPE_NUMBERS:
+        message = f"{value!r} is none of {', '.join(CACHE_TYPE_NUMBERS)}"
+        raise ValueError(message)
+    return value
+
+
+CacheType = Annotated[str, AfterValidator(_known_cache_type)]
+"""A type that llama-server names for `--cache-type-k` and `--cache-type-v`."""
 
 
 def default_state_dir() -> Path:
@@ -131,10 +140,10 @@ class ServerConfig(BaseSettings):
     batch_size: int = Field(512, ge=32, le=8192)
     """Most tokens a worker decodes in one step."""
 
-    cache_type_k: CacheType = "f16"
+    cache_type_k: CacheType = DEFAULT_CACHE_TYPE
     """Type of the keys in the KV cache."""
 
-    cache_type_v: CacheType = "f16"
+    cache_type_v: CacheType = DEFAULT_CACHE_TYPE
     """Type of the values in the KV cache."""
 
     queue_limit: int = Field(128, ge=0, le=100_000)

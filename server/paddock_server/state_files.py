@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 
 log: FilteringBoundLogger = structlog.get_logger()
 
+ContentT = TypeVar("ContentT")
+
 RETRY_SECONDS: Final = 5.0
 """Time until another attempt at a file that could not be written."""
 
 WAIT_SECONDS: Final = 5.0
 """How long an answer waits for what it says to be on the disk; a disk takes milliseconds."""
+
+
+class StateFileError(Exception):
+    """A file is none of ours, or not whole."""
 
 
 class StateFile:
@@ -99,6 +106,62 @@ class StateFile:
                 await asyncio.to_thread(_remove_leftovers, self._path)
             except OSError as error:
                 log.warning("state_file_leftovers", path=str(self._path), error=str(error))
+
+
+async def read_or_set_aside(path: Path | None, read: Callable[[Path], ContentT]) -> ContentT | None:
+    """Return what `read` makes of a file, in a thread; None without a path, and when it is no good.
+
+    One that `read` refuses with a `StateFileError` is renamed to `NAME.corrupt`, with a warning, so that
+    nothing is written over it. One that cannot be read, or not be renamed, is warned of and stays.
+    """
+    if path is None:
+        return None
+    try:
+        return await asyncio.to_thread(_read_or_set_aside, path, read)
+    except OSError as error:
+        log.warning("state_file_unreadable", path=str(path), error=str(error))
+    return None
+
+
+def _read_or_set_aside(path: Path, read: Callable[[Path], ContentT]) -> ContentT | None:
+    try:
+        return read(path)
+    except StateFileError as error:
+        aside = path.with_name(path.name + ".corrupt")
+        path.replace(aside)
+        log.warning("state_file_corrupt", path=str(path), moved_to=str(aside), error=str(error))
+        return None
+
+
+def read_document(
+    path: Path, parse: Callable[[Any], ContentT], *, version: int, max_bytes: int
+) -> ContentT | None:
+    """Return what `parse` makes of the JSON in a file; None when there is no file.
+
+    `parse` may trip over whatever is not there or not of the right type, as Python's own errors have it, and
+    may raise ValueError for what is wrong otherwise.
+
+    Raises:
+        StateFileError: it is not a file of this `version`, or is larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        return None
+    if len(raw) > max_bytes:
+        message = f"it is larger than {max_bytes} bytes"
+        raise StateFileError(message)
+    try:
+        document: Any = json.loads(raw)
+        if document["version"] != version:
+            message = f"its version is {document['version']!r}; {version} is known"
+            raise StateFileError(message)
+        return parse(document)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        message = f"{type(error).__name__}: {error}"
+        raise StateFileError(message) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

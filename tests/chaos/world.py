@@ -208,7 +208,8 @@ class World:
         `may_be_partial` says whether a download may have left what had arrived.
         """
         assert self._read_models() == self.model_files, "the model directory is not what it was"
-        assert self._names(self.state) <= {"loads-0.json", "downloads-0.json"}, self._names(self.state)
+        ours = {"loads-0.json", "downloads-0.json", "measured-0.json"}
+        assert self._names(self.state) <= ours, self._names(self.state)
         for path in self.state.glob("*.json"):
             json.loads(path.read_text())
         folder = self.cache / f"models--{REPO.replace('/', '--')}"

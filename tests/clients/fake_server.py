@@ -281,7 +281,14 @@ class FakeManager(model_manager_pb2_grpc.ModelManagerServicer):
                 pb.MemoryPart(device="RAM", kind=pb.MEMORY_PART_KIND_WEIGHTS, size_bytes=3 << 20),
                 pb.MemoryPart(device="RAM", kind=pb.MEMORY_PART_KIND_KV_CACHE, size_bytes=1 << 20),
             ],
-            devices=[pb.DeviceMemory(device="RAM", needed_bytes=4 << 20, budget_bytes=8 << 20)],
+            devices=[
+                pb.DeviceMemory(
+                    device="RAM",
+                    needed_bytes=4 << 20,
+                    budget_bytes=8 << 20,
+                    measured=request.model == "cold",
+                )
+            ],
             verdict=pb.MEMORY_VERDICT_FITS,
             runtime_options=options,
             roughness="Only roughly." if request.model == "broken" else "",

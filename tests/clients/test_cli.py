@@ -476,9 +476,19 @@ def test_an_estimate_that_is_rough_says_so(paddock: Paddock) -> None:
     assert "Only roughly." in paddock("estimate", "broken").stderr
 
 
+def test_an_estimate_that_was_measured_says_so(paddock: Paddock) -> None:
+    result = paddock("estimate", "cold")
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["RAM", "all,", "measured", "4.0", "MiB", "of", "8.0", "MiB"] in lines
+    assert "RAM: measured when the model was loaded so before" in result.stderr
+    assert "measured" not in paddock("estimate", "tiny").stderr
+
+
 def test_estimate_as_json_is_what_the_client_knows(paddock: Paddock) -> None:
     found = json.loads(paddock("estimate", "tiny", "--json").stdout)
 
     assert found["verdict"] == "fits"
     assert found["parts"][1] == {"device": "RAM", "kind": "kv_cache", "size_bytes": 1 << 20}
+    assert found["devices"][0]["measured"] is False
     assert found["options"]["slot_count"] == 4

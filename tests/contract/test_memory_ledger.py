@@ -15,6 +15,7 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_manager_pb2_grpc, model_pb2
 from paddock_server.app import serving
 from paddock_server.config import ServerConfig
+from paddock_server.memory import MachineWatch
 from tests.fakes.behaviour import Behaviour
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
@@ -111,6 +112,22 @@ async def test_a_model_that_does_not_fit_beside_idle_ones_has_them_evicted(model
         assert await states(api) == {"a": UNLOADED, "b": LOADED, "c": UNLOADED}
 
 
+async def test_a_server_has_one_process_look_for_accelerators(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[MachineWatch] = []
+
+    async def asked(watch: MachineWatch) -> bytes:
+        probes.append(watch)
+        return b'{"gpus": [], "features": []}'
+
+    monkeypatch.setattr(MachineWatch, "_asked", asked)
+    async with serve(models) as api:
+        await api.get_server_info(pb.GetServerInfoRequest())
+        await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+    assert len(probes) == 1
+
+
 async def test_models_that_fit_stay_beside_each_other(models: Path) -> None:
     budget = await needed(models) * 3
     async with serve(models, memory_budget=f"RAM={budget}") as api:
@@ -154,6 +171,47 @@ async def test_a_context_left_open_is_chosen_to_fit_and_shown(models: Path) -> N
     async with serve(models, memory_budget=f"RAM={need - 256 * 1024}") as api:
         model = await load(api, "a", runtime_options=everything.runtime_options)
     assert 0 < model.runtime_options.context_size_tokens < trained
+
+
+async def ram_of(api: ModelManagerApi, **fields: Any) -> pb.DeviceMemory:
+    """Return what an estimate says of the main memory."""
+    return (await api.estimate_memory(pb.EstimateMemoryRequest(model="a", **fields))).devices[0]
+
+
+async def test_what_was_measured_corrects_estimates_and_survives_a_restart(
+    models: Path, tmp_path: Path
+) -> None:
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        before = await ram_of(api)
+        loaded = await load(api, "a")
+        after = await ram_of(api)
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        again = await ram_of(api)
+        other = await ram_of(api, runtime_options=model_pb2.RuntimeOptions(slot_count=3))
+    assert not before.measured
+    assert (after.measured, again.measured, other.measured) == (True, True, False)
+    assert after.needed_bytes == pytest.approx(loaded.worker.resident_bytes, rel=0.2)
+    assert again.needed_bytes == after.needed_bytes
+    assert other.needed_bytes == pytest.approx(before.needed_bytes, rel=0.1)
+
+
+async def test_the_first_load_after_a_restart_is_admitted_by_what_was_measured(
+    models: Path, tmp_path: Path
+) -> None:
+    async with serve(models, state_dir=tmp_path, restore=False) as api:
+        estimated = (await ram_of(api)).needed_bytes
+        await load(api, "a")
+        measured = (await ram_of(api)).needed_bytes
+    assert measured + 4 * MIB < estimated, "a fake worker takes less than a real one"
+    budget = f"RAM={measured + 4 * MIB}"
+    async with serve(models, state_dir=None, memory_budget=budget) as api:
+        with pytest.raises(PaddockError) as caught:
+            await load(api, "a")
+        assert caught.value.reason == Reason.INSUFFICIENT_MEMORY
+    async with serve(models, state_dir=tmp_path, restore=False, memory_budget=budget) as api:
+        estimate = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        assert estimate.verdict == pb.MEMORY_VERDICT_FITS
+        assert (await load(api, "a")).state == LOADED
 
 
 async def test_a_waiter_whose_deadline_passes_costs_nothing(models: Path) -> None:

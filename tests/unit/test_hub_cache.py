@@ -14,7 +14,8 @@ from paddock_server.catalog.hub_cache import lock_path
 from paddock_server.config import ServerConfig, default_hub_cache
 from paddock_server.downloads.messages import Resolved
 from paddock_server.downloads.removal import finish_removals, remove_model, remove_partial
-from paddock_server.downloads.store import StoreError, Unfinished, read_store
+from paddock_server.downloads.store import Unfinished, read_store
+from paddock_server.state_files import StateFileError
 from tests.models import make_noise
 
 A, B = "a" * 40, "b" * 40
@@ -210,10 +211,10 @@ def test_a_state_file_that_names_paths_is_refused(tmp_path: Path) -> None:
     assert unfinished.resolved == Resolved(A, "f", "s", 2, [B])
 
     path.write_text(entry % (resolved % (A, "../../x")))
-    with pytest.raises(StoreError):
+    with pytest.raises(StateFileError):
         read_store(path)
     path.write_text("[]")
-    with pytest.raises(StoreError):
+    with pytest.raises(StateFileError):
         read_store(path)
 
 

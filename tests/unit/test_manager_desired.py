@@ -16,9 +16,9 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server import state_files
 from paddock_server.catalog import ModelSetup, RequestDefaults
-from paddock_server.manager.desired import State, StateFileError, read_state
+from paddock_server.manager.desired import State, read_state
 from paddock_server.manager.options import Wish
-from paddock_server.state_files import write_atomically
+from paddock_server.state_files import StateFileError, write_atomically
 from tests.unit.manager_fakes import Server, entry, loads, until
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from paddock_server.catalog import Catalog
 from paddock_server.config import ConfigError, ServerConfig
-from paddock_server.manager import ManagerConfig, MemoryPredictor
+from paddock_server.manager import ManagerConfig, Measurements, MemoryPredictor
 from paddock_server.manager.options import default_options
 from paddock_server.memory import RAM, Placement
 from tests.models import make_noise
@@ -27,8 +27,16 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> CatalogEntry:
     return Catalog([directory]).scan()["noise"]
 
 
-def predictor(budget: int) -> MemoryPredictor:
-    return MemoryPredictor(Placement(), {RAM: budget})
+def predictor(
+    budget: int = 1 << 40,
+    measurements: Measurements | None = None,
+    *,
+    placement: Placement | None = None,
+    version: str = "1",
+) -> MemoryPredictor:
+    return MemoryPredictor(
+        placement or Placement(), {RAM: budget}, measurements or Measurements(None), version=version
+    )
 
 
 def test_a_longer_context_is_predicted_to_take_more(entry: CatalogEntry) -> None:
@@ -62,12 +70,51 @@ def test_a_context_left_open_leaves_room_for_the_other_replicas(entry: CatalogEn
 
 def test_what_was_measured_takes_the_place_of_the_prediction_for_the_same_load(entry: CatalogEntry) -> None:
     options = default_options(ManagerConfig(), entry.facts)
-    one = predictor(1 << 40)
-    one.learn(entry, options, 77 * MIB)
-    one.learn(entry, options, 70 * MIB)
-    assert one.predict(entry, options).device_bytes == {RAM: 77 * MIB}
+    one = predictor()
+    before = one.predict(entry, options)
+    assert one.measured(entry, options) == {}
+    one.learn(before, 77 * MIB)
+    one.learn(before, 70 * MIB)
+    assert one.predict(entry, options).device_bytes == one.measured(entry, options) == {RAM: 77 * MIB}
     assert one.predict(entry, replace(options, slot_count=9)).device_bytes != {RAM: 77 * MIB}
-    assert one.predict(replace(entry, modified_ns=0), options).device_bytes != {RAM: 77 * MIB}
+    assert one.measured(replace(entry, modified_ns=0), options) == {}
+    assert one.measured(entry, replace(options, idle_timeout_seconds=5)) == {RAM: 77 * MIB}
+
+
+def test_a_process_that_is_gone_teaches_nothing(entry: CatalogEntry) -> None:
+    options = default_options(ManagerConfig(), entry.facts)
+    one = predictor()
+    one.learn(one.predict(entry, options), 0)
+    assert one.measured(entry, options) == {}
+
+
+def test_what_is_measured_is_of_the_files_that_were_loaded_and_not_of_those_there_are_now(
+    entry: CatalogEntry,
+) -> None:
+    options = default_options(ManagerConfig(), entry.facts)
+    one = predictor()
+    loaded = one.predict(entry, options)
+    one.learn(loaded, 77 * MIB)
+    assert one.measured(replace(entry, modified_ns=entry.modified_ns + 1), options) == {}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"version": "2"},
+        {"placement": Placement(gpus=("CUDA0",), gpu_free_bytes=(1 << 40,))},
+        {"placement": Placement(repacked_types=frozenset({"Q4_0"}))},
+    ],
+)
+def test_what_another_release_or_machine_measured_does_not_count(
+    entry: CatalogEntry, other: dict[str, Any]
+) -> None:
+    options = default_options(ManagerConfig(), entry.facts)
+    measurements = Measurements(None)
+    one = predictor(measurements=measurements)
+    one.learn(one.predict(entry, options), 77 * MIB)
+    assert predictor(measurements=measurements).measured(entry, options) == {RAM: 77 * MIB}
+    assert predictor(measurements=measurements, **other).measured(entry, options) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import TensorGroup, Weights
 from paddock_server.memory import (
-    CACHE_TYPES,
     LEAST_CONTEXT_TOKENS,
     RAM,
     LayerShape,
@@ -25,7 +24,6 @@ from paddock_server.memory import (
 from paddock_server.memory.compute import work_bytes
 from paddock_server.memory.graph import Graph, scratch_bytes
 from paddock_server.rpc.estimates import PART_KINDS, VERDICTS
-from paddock_server.worker.llama import CACHE_TYPES as WORKER_CACHE_TYPES
 
 MATRICES = (("attn_k", 64), ("attn_v", 64), ("ffn_gate", 512), ("ffn_up", 512))
 LAYER = LayerShape(
@@ -73,10 +71,6 @@ def test_the_cache_is_cells_by_layers_by_widths() -> None:
 def test_the_cache_has_the_types_of_its_keys_and_values(key: str, value: str, cell: int) -> None:
     options = replace(OPTIONS, cache_type_k=key, cache_type_v=value)
     assert estimate(SHAPE, options).of(PartKind.KV_CACHE) == 4096 * 4 * cell
-
-
-def test_the_types_of_a_cache_are_those_the_worker_knows() -> None:
-    assert set(CACHE_TYPES) == set(WORKER_CACHE_TYPES)
 
 
 def test_cells_are_rounded_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 
 from paddock_server.memory import RAM, DeviceMemory, MachineWatch, own_memory
 from paddock_server.memory.cgroups import cpu_quota
-from paddock_server.memory.machine import parsed_answer
+from paddock_server.memory.machine import FRESH_SECONDS, MOST_RETRY_SECONDS, parsed_answer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,6 +145,98 @@ async def test_accelerators_come_behind_the_memory_of_the_machine() -> None:
 async def test_a_probe_that_fails_leaves_the_memory_of_the_machine(command: tuple[str, ...]) -> None:
     machine = await MachineWatch(command, timeout_seconds=0.5).look()
     assert [device.name for device in machine.devices] == [RAM]
+
+
+class Probe:
+    """A probe that answers only while told to, and notes each time it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self._asked = folder / "asked"
+        self._answer = folder / "answer"
+        self._asked.touch()
+        script = f"open({str(self._asked)!r}, 'a').write('x'); print(open({str(self._answer)!r}).read())"
+        self.command = (sys.executable, "-c", script)
+
+    def answers(self, yes: bool) -> None:
+        if yes:
+            self._answer.write_bytes(GPU)
+        else:
+            self._answer.unlink(missing_ok=True)
+
+    @property
+    def count(self) -> int:
+        return len(self._asked.read_text())
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Probe:
+    return Probe(tmp_path)
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_probe_that_failed_is_asked_again_after_a_while(probe: Probe) -> None:
+    clock = Clock()
+    watch = MachineWatch(probe.command, clock=clock)
+    assert len((await watch.look()).devices) == 1
+    clock.now += FRESH_SECONDS - 1
+    probe.answers(True)
+    assert len((await watch.look()).devices) == 1
+    assert probe.count == 1
+    clock.now += 2
+    assert [device.name for device in (await watch.look()).devices] == [RAM, "CUDA0"]
+
+
+async def test_a_probe_that_keeps_failing_is_asked_less_and_less_and_never_given_up(probe: Probe) -> None:
+    clock = Clock()
+    watch = MachineWatch(probe.command, clock=clock)
+    asked_at: list[float] = []
+    for second in range(300):
+        clock.now = 1000.0 + second
+        before = probe.count
+        await watch.look()
+        if probe.count > before:
+            asked_at.append(second)
+    waits = [later - earlier for earlier, later in pairwise(asked_at)]
+    assert waits == sorted(waits)
+    assert waits[0] == FRESH_SECONDS
+    assert waits[-1] == MOST_RETRY_SECONDS
+
+
+async def test_what_is_known_of_accelerators_outlives_a_probe_that_fails(probe: Probe) -> None:
+    clock = Clock()
+    watch = MachineWatch(probe.command, clock=clock)
+    probe.answers(True)
+    await watch.look()
+    probe.answers(False)
+    clock.now += FRESH_SECONDS
+    assert len((await watch.look()).devices) == 2
+    assert probe.count == 2
+    probe.answers(True)
+    clock.now += FRESH_SECONDS
+    await watch.look()
+    clock.now += FRESH_SECONDS
+    await watch.look()
+    assert probe.count == 4, "one that answered again is asked as often as before"
+
+
+async def test_a_machine_without_accelerators_is_asked_once(tmp_path: Path) -> None:
+    clock = Clock()
+    asked = tmp_path / "asked"
+    script = f"open({str(asked)!r}, 'a').write('x'); print('{{\"gpus\": [], \"features\": []}}')"
+    watch = MachineWatch((sys.executable, "-c", script), clock=clock)
+    for _ in range(3):
+        await watch.look()
+        clock.now += 1000
+    assert asked.read_text() == "x"
 
 
 async def test_the_real_probe_answers() -> None:

@@ -257,6 +257,7 @@ def memory_estimate(message: model_manager_pb2.EstimateMemoryResponse) -> types.
                 needed_bytes=device.needed_bytes,
                 budget_bytes=device.budget_bytes,
                 held_bytes=device.held_bytes,
+                measured=device.measured,
             )
             for device in message.devices
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from paddock import convert
 from paddock.errors import PaddockError, Reason
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from paddock.v1 import model_manager_pb2 as pb
-    from paddock.v1 import model_pb2
 
 MessageT = TypeVar("MessageT")
+ProgressT = TypeVar("ProgressT", "pb.LoadResponse", "pb.DownloadResponse")
 ItemT = TypeVar("ItemT")
 ValueT = TypeVar("ValueT")
 
@@ -61,59 +61,21 @@ class Stream(ABC, Generic[MessageT, ItemT]):
         """Convert the messages; set what the terminal one carries."""
 
 
-class LoadStream(Stream["pb.LoadResponse", LoadProgress]):
-    """The progress of a load. Leaving it detaches: the load goes on, `Client.unload` aborts it."""
+class ProgressStream(Stream[ProgressT, LoadProgress]):
+    """The progress of something that takes long, and a terminal message that shows the model."""
 
-    def __init__(self, messages: AsyncGenerator[pb.LoadResponse]) -> None:
+    _rpc: ClassVar[str]
+    _terminal: ClassVar[str]
+    """Name of the terminal message among the events."""
+
+    def __init__(self, messages: AsyncGenerator[ProgressT]) -> None:
         super().__init__(messages)
-        self._loaded: pb.Loaded | None = None
+        self._last: ProgressT | None = None
 
     @property
+    @abstractmethod
     def model(self) -> Model:
-        """The loaded model. Only after the last event."""
-        return convert.model(_ended(self._loaded, "model").model)
-
-    @property
-    def already_loaded(self) -> bool:
-        """Whether the model was loaded before the call. Only after the last event."""
-        return _ended(self._loaded, "already_loaded").already_loaded
-
-    @property
-    def load_seconds(self) -> float:
-        """Time since the load began. Only after the last event."""
-        return _ended(self._loaded, "load_seconds").load_duration.ToNanoseconds() / 1e9
-
-    async def wait(self) -> Model:
-        """Skip the progress and return the loaded model."""
-        async for _ in self:
-            pass
-        return self.model
-
-    async def _read(self) -> AsyncGenerator[LoadProgress]:
-        async for message in self._messages:
-            match message.WhichOneof("event"):
-                case "progress":
-                    progress = convert.load_progress(message.progress)
-                    if progress is not None:
-                        yield progress
-                case "loaded":
-                    self._loaded = message.loaded
-                case _:  # a kind this client does not know
-                    pass
-        _check_terminal(self._loaded, "Load", "loaded")
-
-
-class DownloadStream(Stream["pb.DownloadResponse", LoadProgress]):
-    """The progress of a download. Leaving it detaches; `Client.stop_download` stops the download."""
-
-    def __init__(self, messages: AsyncGenerator[pb.DownloadResponse]) -> None:
-        super().__init__(messages)
-        self._downloaded: model_pb2.Model | None = None
-
-    @property
-    def model(self) -> Model:
-        """The model whose files are there. Only after the last event."""
-        return convert.model(_ended(self._downloaded, "model"))
+        """The model. Only after the last event."""
 
     async def wait(self) -> Model:
         """Skip the progress and return the model."""
@@ -123,16 +85,48 @@ class DownloadStream(Stream["pb.DownloadResponse", LoadProgress]):
 
     async def _read(self) -> AsyncGenerator[LoadProgress]:
         async for message in self._messages:
-            match message.WhichOneof("event"):
-                case "progress":
-                    progress = convert.load_progress(message.progress)
-                    if progress is not None:
-                        yield progress
-                case "downloaded":
-                    self._downloaded = message.downloaded
-                case _:  # a kind this client does not know
-                    pass
-        _check_terminal(self._downloaded, "Download", "downloaded")
+            kind = message.WhichOneof("event")  # may be one this client does not know
+            if kind == "progress":
+                progress = convert.load_progress(message.progress)
+                if progress is not None:
+                    yield progress
+            elif kind == self._terminal:
+                self._last = message
+        _check_terminal(self._last, self._rpc, self._terminal)
+
+
+class LoadStream(ProgressStream["pb.LoadResponse"]):
+    """The progress of a load. Leaving it detaches: the load goes on, `Client.unload` aborts it."""
+
+    _rpc = "Load"
+    _terminal = "loaded"
+
+    @property
+    def model(self) -> Model:
+        """The loaded model. Only after the last event."""
+        return convert.model(_ended(self._last, "model").loaded.model)
+
+    @property
+    def already_loaded(self) -> bool:
+        """Whether the model was loaded before the call. Only after the last event."""
+        return _ended(self._last, "already_loaded").loaded.already_loaded
+
+    @property
+    def load_seconds(self) -> float:
+        """Time since the load began. Only after the last event."""
+        return _ended(self._last, "load_seconds").loaded.load_duration.ToNanoseconds() / 1e9
+
+
+class DownloadStream(ProgressStream["pb.DownloadResponse"]):
+    """The progress of a download. Leaving it detaches; `Client.stop_download` stops the download."""
+
+    _rpc = "Download"
+    _terminal = "downloaded"
+
+    @property
+    def model(self) -> Model:
+        """The model whose files are there. Only after the last event."""
+        return convert.model(_ended(self._last, "model").downloaded)
 
 
 class GenerationStream(Stream["pb.GenerateResponse", Chunk]):

@@ -387,10 +387,13 @@ class DeviceMemory:
 
     device: str
     needed_bytes: int
+    """What was measured, where `measured` says so, else the sum of the parts."""
     budget_bytes: int
     """What all models together may have."""
     held_bytes: int
     """What loaded models have now."""
+    measured: bool
+    """Whether an earlier load of the same files with the same options was measured here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from paddock_server.catalog.configured.problems import InvalidConfigError, Place
 from paddock_server.catalog.cursor import GgufError, UnsupportedGgufError
 from paddock_server.catalog.entries import CatalogEntry, CatalogProblem
 from paddock_server.catalog.facts import ModelFacts, Split, merged_facts, model_facts
-from paddock_server.catalog.ggml_types import CACHE_TYPE_NAMES, TENSOR_TYPES, TensorType
+from paddock_server.catalog.ggml_types import TENSOR_TYPES, TensorType
 from paddock_server.catalog.gguf import GgufHeader, OmittedValue, TensorInfo, read_header
 from paddock_server.catalog.hub_cache import HubOrigin
 from paddock_server.catalog.hub_names import HubNameError, HubRef, hub_ref, parse_hub_name
@@ -20,7 +20,6 @@ from paddock_server.catalog.setup import DEFAULT_SETUP, NO_DEFAULTS, ModelSetup,
 from paddock_server.catalog.weights import TensorGroup, Weights, repacked_bytes
 
 __all__ = [
-    "CACHE_TYPE_NAMES",
     "DEFAULT_SETUP",
     "NO_DEFAULTS",
     "TENSOR_TYPES",

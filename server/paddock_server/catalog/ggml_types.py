@@ -16,9 +16,6 @@ class TensorType(NamedTuple):
     block_bytes: int
 
 
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-"""The types a KV cache may have, by llama-server's names."""
-
 TENSOR_TYPES: dict[int, TensorType] = {
     0: TensorType("F32", 1, 4),
     1: TensorType("F16", 1, 2),

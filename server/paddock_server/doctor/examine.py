@@ -118,7 +118,7 @@ def _models(config: ServerConfig) -> list[Finding]:
 def _disks(config: ServerConfig) -> list[Finding]:
     places = [(findings.MODELS, path) for path in config.model_directories]
     places += [(findings.STATE, config.state_dir)] if config.state_dir is not None else []
-    places += [(findings.HUB_CACHE, machine.hub_cache())] if config.hf_cache else []
+    places += [(findings.HUB_CACHE, config.hub_cache)] if config.hub_cache is not None else []
     return findings.judge_disks(machine.disks(places))
 
 

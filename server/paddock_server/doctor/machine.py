@@ -18,6 +18,7 @@ import psutil
 
 from paddock_server.addresses import without_credentials
 from paddock_server.catalog import Catalog
+from paddock_server.config import default_hub_cache
 from paddock_server.doctor.findings import (
     UNLIMITED,
     Build,
@@ -220,13 +221,6 @@ def disks(places: Iterable[tuple[str, Path]]) -> list[Disk]:
     return list(found.values())
 
 
-def hub_cache() -> Path:
-    """Return where huggingface_hub keeps models."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
 def hub() -> Hub:
     """Return the settings of huggingface_hub. The token itself is not looked at."""
     from huggingface_hub import constants
@@ -236,7 +230,7 @@ def hub() -> Hub:
     return Hub(
         endpoint=without_credentials(constants.ENDPOINT),
         offline=constants.HF_HUB_OFFLINE,
-        cache=str(hub_cache()),
-        cache_fault=write_fault(hub_cache()),
+        cache=str(default_hub_cache()),
+        cache_fault=write_fault(default_hub_cache()),
         token_from=variable or (str(file) if file.is_file() else ""),
     )

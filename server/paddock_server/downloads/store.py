@@ -8,33 +8,22 @@ The file is replaced as a whole, so that a crash leaves the old one or the new o
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from paddock_server.catalog import HubNameError, HubRef, hub_ref
 from paddock_server.catalog.hub_names import is_commit, is_digest
 from paddock_server.downloads.messages import Resolved
-from paddock_server.state_files import StateFile
+from paddock_server.state_files import StateFile, StateFileError, read_document, read_or_set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from structlog.typing import FilteringBoundLogger
-
-log: FilteringBoundLogger = structlog.get_logger()
-
 VERSION: Final = 1
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024
 """Far more than any number of downloads needs; a larger file is not one of ours."""
-
-
-class StoreError(Exception):
-    """The file cannot be understood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +48,7 @@ class DownloadStore:
 
     async def read(self) -> dict[HubRef, Unfinished]:
         """Return the unfinished downloads. A file that is no good is set aside with a warning."""
-        if self._path is None:
-            return {}
-        try:
-            return await asyncio.to_thread(read_store, self._path)
-        except OSError as error:
-            log.warning("downloads_file_unreadable", path=str(self._path), error=str(error))
-        except StoreError as error:
-            aside = self._path.with_name(self._path.name + ".corrupt")
-            await asyncio.to_thread(self._path.replace, aside)
-            log.warning("downloads_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
-        return {}
+        return await read_or_set_aside(self._path, read_store) or {}
 
     def put(self, downloads: Mapping[HubRef, Unfinished]) -> None:
         """Have these written."""
@@ -101,29 +80,20 @@ def read_store(path: Path) -> dict[HubRef, Unfinished]:
     """Read the file; an absent one is empty.
 
     Raises:
-        StoreError: it is not a file of this version.
+        StateFileError: it is not a file of this version.
         OSError: it cannot be read.
     """
+    return read_document(path, _downloads, version=VERSION, max_bytes=MAX_FILE_BYTES) or {}
+
+
+def _downloads(document: Any) -> dict[HubRef, Unfinished]:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return {}
-    if len(raw) > MAX_FILE_BYTES:
-        message = f"it is larger than {MAX_FILE_BYTES} bytes"
-        raise StoreError(message)
-    try:
-        document: Any = json.loads(raw)
-        if document["version"] != VERSION:
-            message = f"its version is {document['version']!r}; {VERSION} is known"
-            raise StoreError(message)
         return {
             hub_ref(entry["repo_id"], entry["revision"], entry["pattern"]): _unfinished(entry)
             for entry in document["downloads"]
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, HubNameError) as error:
-        message = f"{type(error).__name__}: {error}"
-        raise StoreError(message) from error
+    except HubNameError as error:
+        raise StateFileError(str(error)) from error
 
 
 def _unfinished(entry: dict[str, Any]) -> Unfinished:

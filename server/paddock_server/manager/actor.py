@@ -490,7 +490,7 @@ class Actor:
         resident_bytes = self._resident_bytes()
         self._tools.loop.tell(Committed(self.state.model, effect.ticket, resident_bytes))
         if self._prediction is not None:
-            self._tools.predictor.learn(self.entry, self._prediction.options, resident_bytes)
+            self._tools.predictor.learn(self._prediction, resident_bytes)
 
     def _resident_bytes(self) -> int:
         worker = self.worker

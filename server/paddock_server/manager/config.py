@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paddock_server.catalog import Problem
 from paddock_server.manager.admission import Admission
+from paddock_server.memory import DEFAULT_CACHE_TYPE
 from paddock_server.supervisor import RestartPolicy
 
 
@@ -39,10 +40,10 @@ class ManagerConfig:
     batch_size_tokens: int = 512
     """Most tokens a worker decodes in one step."""
 
-    cache_type_k: str = "f16"
+    cache_type_k: str = DEFAULT_CACHE_TYPE
     """Type of the keys in the KV cache; a name of `memory.CACHE_TYPES`."""
 
-    cache_type_v: str = "f16"
+    cache_type_v: str = DEFAULT_CACHE_TYPE
     """Type of the values in the KV cache."""
 
     queue_limit: int = 128

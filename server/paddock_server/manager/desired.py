@@ -11,16 +11,14 @@ the new one and nothing in between.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
 from paddock_server.manager.options import Wish, stored_wish
-from paddock_server.state_files import StateFile
+from paddock_server.state_files import StateFile, read_document, read_or_set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -52,10 +50,6 @@ class State:
     """The file to load of those models, as far as it is known: what is left when their names change."""
 
 
-class StateFileError(Exception):
-    """The state file cannot be understood."""
-
-
 class DesiredLoads:
     """The loads to come back."""
 
@@ -79,17 +73,9 @@ class DesiredLoads:
 
     async def read(self) -> None:
         """Take over what the file holds. One that is no good is set aside with a warning."""
-        if self._path is None:
-            return
-        try:
-            state = await asyncio.to_thread(read_state, self._path)
+        state = await read_or_set_aside(self._path, read_state)
+        if state is not None:
             self._loads, self._pins, self._files = state.loads, state.pins, state.files
-        except OSError as error:
-            log.warning("state_file_unreadable", path=str(self._path), error=str(error))
-        except StateFileError as error:
-            aside = self._path.with_name(self._path.name + ".corrupt")
-            await asyncio.to_thread(os.replace, self._path, aside)
-            log.warning("state_file_corrupt", path=str(self._path), moved_to=str(aside), error=str(error))
 
     def put(self, model: str, wish: Wish | None, file: str = "") -> None:
         """Keep a load as the latest, or forget it. `file` is what is loaded, as far as it is known."""
@@ -173,26 +159,14 @@ def read_state(path: Path) -> State:
         StateFileError: it is not a state file of this version.
         OSError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return State()
-    if len(raw) > MAX_FILE_BYTES:
-        message = f"it is larger than {MAX_FILE_BYTES} bytes"
-        raise StateFileError(message)
-    try:
-        document: Any = json.loads(raw)
-        if document["version"] != VERSION:
-            message = f"its version is {document['version']!r}; {VERSION} is known"
-            raise StateFileError(message)
-        loads = {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
-        pins = {_model_name(model): pin is True for model, pin in document.get("pins", {}).items()}
-        files = {_model_name(model): _model_name(file) for model, file in document.get("files", {}).items()}
-        return State(loads, pins, files)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        message = f"{type(error).__name__}: {error}"
-        raise StateFileError(message) from error
+    return read_document(path, _state, version=VERSION, max_bytes=MAX_FILE_BYTES) or State()
+
+
+def _state(document: Any) -> State:
+    loads = {_model_name(load["model"]): stored_wish(load["options"]) for load in document["loads"]}
+    pins = {_model_name(model): pin is True for model, pin in document.get("pins", {}).items()}
+    files = {_model_name(model): _model_name(file) for model, file in document.get("files", {}).items()}
+    return State(loads, pins, files)
 
 
 def _model_name(value: Any) -> str:

@@ -125,6 +125,8 @@ class ModelManager:
         self._names: dict[str, str] = {}
         rules = self._rules = Rules(config, _limits(config), admission)
         predicts = predictor or NoPrediction()
+        self.memory_measured = predicts.measured
+        """Gives the bytes that an earlier load of the same was measured to take, by device."""
 
         def tools_of(replica: str) -> Tools:
             return Tools(

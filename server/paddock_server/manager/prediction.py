@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from paddock_server.manager.measured import LoadKey, Measurements
 from paddock_server.manager.options import Options
 from paddock_server.memory import RAM, LoadOptions, Placement, Shape, chosen, estimate, model_shape
 
@@ -22,6 +23,9 @@ class Prediction:
     options: Options
     """A context left open is replaced by the largest that fits, sequences by as many as then do."""
 
+    load: LoadKey | None = None
+    """What is to be learned when it is loaded is of this; None where nothing is."""
+
 
 class Predictor(Protocol):
     """Says what loads take. Slow: called in threads."""
@@ -30,8 +34,12 @@ class Predictor(Protocol):
         """Return what a load takes."""
         ...
 
-    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
-        """Take note of the main memory that a load took."""
+    def learn(self, prediction: Prediction, resident_bytes: int) -> None:
+        """Take note of the main memory that a load took; 0 when it is not known. In the event loop."""
+        ...
+
+    def measured(self, entry: CatalogEntry, options: Options) -> Mapping[str, int]:
+        """Return what such a load was measured to take, by device; nothing of a device where it was not."""
         ...
 
 
@@ -43,19 +51,28 @@ class NoPrediction:
         del entry
         return Prediction({}, options)
 
-    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
+    def learn(self, prediction: Prediction, resident_bytes: int) -> None:
         """Learn nothing."""
-        del entry, options, resident_bytes
+        del prediction, resident_bytes
+
+    def measured(self, entry: CatalogEntry, options: Options) -> Mapping[str, int]:
+        """Return nothing."""
+        del entry, options
+        return {}
 
 
 class MemoryPredictor:
     """Predicts by the rules of `paddock_server.memory`."""
 
-    def __init__(self, placement: Placement, budget: Mapping[str, int]) -> None:
-        """Take how models are placed on this machine, and the bytes there are by device."""
+    def __init__(
+        self, placement: Placement, budget: Mapping[str, int], measurements: Measurements, *, version: str
+    ) -> None:
+        """`placement` says how models are placed on this machine, `budget` which bytes there are by device.
+        What `measurements` have of another `version` of the server or of other devices does not count."""
         self._placement = placement
         self._budget = budget
-        self._measured: dict[tuple[object, ...], int] = {}
+        self._measurements = measurements
+        self._computed_by = " ".join((version, *placement.gpus, *sorted(placement.repacked_types)))
 
     def predict(self, entry: CatalogEntry, options: Options) -> Prediction:
         """Return what a load takes."""
@@ -67,13 +84,22 @@ class MemoryPredictor:
         taken = chosen(shape, load_options(options), self._placement, share)
         sized = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
         sizes = estimate(shape, taken, self._placement).totals
-        known = self._measured.get(_key(entry, sized))
-        return Prediction(sizes if known is None else {**sizes, RAM: known}, sized)
+        return Prediction({**sizes, **self.measured(entry, sized)}, sized, self._key(entry, sized))
 
-    def learn(self, entry: CatalogEntry, options: Options, resident_bytes: int) -> None:
+    def learn(self, prediction: Prediction, resident_bytes: int) -> None:
         """Take note of the main memory that a load took; the most there was counts."""
-        key = _key(entry, options)
-        self._measured[key] = max(resident_bytes, self._measured.get(key, 0))
+        if prediction.load is not None:
+            self._measurements.learn(prediction.load, resident_bytes)
+
+    def measured(self, entry: CatalogEntry, options: Options) -> Mapping[str, int]:
+        """Return what such a load was measured to take of the main memory: others cannot be measured."""
+        known = self._measurements.of(self._key(entry, options))
+        return {} if known is None else {RAM: known}
+
+    def _key(self, entry: CatalogEntry, options: Options) -> LoadKey:
+        return LoadKey(
+            str(entry.path), entry.size_bytes, entry.modified_ns, load_options(options), self._computed_by
+        )
 
 
 def load_options(options: Options) -> LoadOptions:
@@ -97,7 +123,3 @@ def shape_of(entry: CatalogEntry) -> Shape:
     if entry.mmproj_path is not None and entry.mmproj_path.exists():
         projector = entry.mmproj_path.stat().st_size
     return model_shape(entry.facts, projector_bytes=projector)
-
-
-def _key(entry: CatalogEntry, options: Options) -> tuple[object, ...]:
-    return (entry.path, entry.size_bytes, entry.modified_ns, load_options(options))

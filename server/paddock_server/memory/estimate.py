@@ -14,9 +14,10 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from paddock_server.catalog import CACHE_TYPE_NAMES, TENSOR_TYPES, TensorType, repacked_bytes
+from paddock_server.catalog import TENSOR_TYPES, TensorType, repacked_bytes
 from paddock_server.memory.compute import BatchShape, compute_graph, work_bytes
 from paddock_server.memory.graph import scratch_bytes
+from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS, DEFAULT_CACHE_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ RAM: Final = "RAM"
 """Name of the machine's own memory among the devices."""
 
 CACHE_TYPES: Final[Mapping[str, TensorType]] = MappingProxyType(
-    {kind.name.lower(): kind for kind in TENSOR_TYPES.values() if kind.name.lower() in CACHE_TYPE_NAMES}
+    {name: TENSOR_TYPES[number] for name, number in CACHE_TYPE_NUMBERS.items()}
 )
 """The types a cache may have, by llama-server's names."""
 
@@ -48,9 +49,6 @@ CELL_BYTES: Final = 52
 
 SLOT_TOKEN_BYTES: Final = 12
 """What a slot keeps of every token while it samples."""
-
-DEFAULT_CACHE_TYPE: Final = "f16"
-"""The type a cache has when nobody says."""
 
 _FLOAT: Final = 4
 _CELL_STEP: Final = 256

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from paddock_server.memory.estimate import RAM, Placement
 from paddock_server.supervisor import worker_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
@@ -35,6 +36,9 @@ PROBE_SECONDS: Final = 30.0
 
 FRESH_SECONDS: Final = 5.0
 """How long what accelerators said of their free memory is taken for true."""
+
+MOST_RETRY_SECONDS: Final = 60.0
+"""Longest time until another attempt at accelerators that could not be asked."""
 
 _MAX_ANSWER_BYTES: Final = 64 * 1024
 
@@ -85,38 +89,44 @@ class MachineWatch:
         cgroup_root: Path = cgroups.ROOT,
         own_cgroups: Path = cgroups.OWN,
         timeout_seconds: float = PROBE_SECONDS,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._command = tuple(command)
         self._cgroup_root = cgroup_root
         self._own_cgroups = own_cgroups
         self._timeout = timeout_seconds
+        self._clock = clock
         self._lock = asyncio.Lock()
         self._gpus: tuple[DeviceMemory, ...] = ()
         self._repacked: frozenset[str] = frozenset()
-        self._looked_at: float | None = None
+        self._due = -math.inf
+        """When accelerators are to be asked next, by the clock."""
+        self._retry_seconds = FRESH_SECONDS
 
     async def look(self) -> Machine:
         """Return the machine as it is now.
 
         When accelerators cannot be asked, those known from before are taken, at first none, and that is
-        logged.
+        logged; they are asked again by a later look, after FRESH_SECONDS at first and less and less often.
         """
         async with self._lock:
-            is_new = self._looked_at is None
-            # A build without accelerators grows none; the free memory of others changes all the time.
-            stale = self._looked_at is not None and monotonic() - self._looked_at > FRESH_SECONDS
-            if is_new or (self._gpus and stale):
+            if self._clock() >= self._due:
                 await self._probe()
-                self._looked_at = monotonic()
         ram = await asyncio.to_thread(own_memory, self._cgroup_root, self._own_cgroups)
         return Machine((ram, *self._gpus), self._repacked)
 
     async def _probe(self) -> None:
         try:
-            answer = await self._asked()
-            self._gpus, self._repacked = parsed_answer(answer)
+            self._gpus, self._repacked = parsed_answer(await self._asked())
         except (OSError, TimeoutError, ValueError) as error:
-            log.warning("devices_unknown", error=f"{type(error).__name__}: {error}")
+            wait = self._retry_seconds
+            log.warning("devices_unknown", error=f"{type(error).__name__}: {error}", retry_seconds=wait)
+            self._due = self._clock() + wait
+            self._retry_seconds = min(2 * wait, MOST_RETRY_SECONDS)
+        else:
+            # A build without accelerators grows none; the free memory of others changes all the time.
+            self._due = self._clock() + FRESH_SECONDS if self._gpus else math.inf
+            self._retry_seconds = FRESH_SECONDS
 
     async def _asked(self) -> bytes:
         """Run the probe and return what it printed.

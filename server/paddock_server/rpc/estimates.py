@@ -23,7 +23,7 @@ from paddock_server.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from paddock_server.catalog import CatalogEntry
     from paddock_server.manager import ModelManager
@@ -65,7 +65,9 @@ async def estimate_memory(
     machine = await watch.look()
     budget, held = _budget(machine, manager), manager.memory_held(without=entry.id)
     keeps_slots = request.runtime_options.HasField("slot_count") or "slot_count" in entry.setup.options
-    return await asyncio.to_thread(_response, entry, options, machine, budget, held, keeps_slots=keeps_slots)
+    return await asyncio.to_thread(
+        _response, entry, options, machine, budget, held, manager.memory_measured, keeps_slots=keeps_slots
+    )
 
 
 def _response(
@@ -74,6 +76,7 @@ def _response(
     machine: Machine,
     budget: Mapping[str, int],
     held: Mapping[str, int],
+    measured: Callable[[CatalogEntry, Options], Mapping[str, int]],
     *,
     keeps_slots: bool,
 ) -> pb.EstimateMemoryResponse:
@@ -82,8 +85,9 @@ def _response(
     check_cache_types(shape, asked)
     taken = chosen(shape, asked, placement, budget, keeps_slots=keeps_slots)
     found = estimate(shape, taken, placement)
-    needed = found.totals
     with_choice = replace(options, context_size_tokens=taken.context_size_tokens, slot_count=taken.slot_count)
+    known = measured(entry, with_choice)
+    needed = {**found.totals, **known}
     return pb.EstimateMemoryResponse(
         parts=[
             pb.MemoryPart(device=part.device, kind=PART_KINDS[part.kind], size_bytes=part.size_bytes)
@@ -95,6 +99,7 @@ def _response(
                 needed_bytes=needed.get(device.name, 0),
                 budget_bytes=budget[device.name],
                 held_bytes=held.get(device.name, 0),
+                measured=device.name in known,
             )
             for device in machine.devices
         ],

@@ -15,7 +15,6 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from paddock.v1 import model_manager_pb2 as pb
-from paddock_server.memory import MachineWatch
 from paddock_server.rpc import validate
 from paddock_server.rpc.defaults import with_defaults
 from paddock_server.rpc.estimates import devices, estimate_memory
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
     from paddock_server.manager import Lease, ModelManager
+    from paddock_server.memory import MachineWatch
 
 RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
@@ -38,10 +38,10 @@ FEATURES: Final = ("downloads", "embeddings", "estimate", "logs", "tokenize")
 class ModelManagerService:
     """Implements every RPC of `ModelManager` on top of the manager."""
 
-    def __init__(self, manager: ModelManager, *, version: str, machine: MachineWatch | None = None) -> None:
-        """`machine` is by default the one this process runs on."""
+    def __init__(self, manager: ModelManager, *, version: str, machine: MachineWatch) -> None:
+        """`machine` says what there is of memory and accelerators."""
         self._manager = manager
-        self._machine = machine or MachineWatch()
+        self._machine = machine
         self._version = version
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()

@@ -14,8 +14,9 @@ import importlib.util
 import sys
 from array import array
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
+
+from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS, DEFAULT_CACHE_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,21 +37,6 @@ LOG_DEBUG: Final = 1
 LOG_INFO: Final = 2
 LOG_ERROR: Final = 4
 _LOG_CONTINUES: Final = 5
-
-CACHE_TYPES: Final = MappingProxyType(
-    {
-        "f32": 0,
-        "f16": 1,
-        "q4_0": 2,
-        "q4_1": 3,
-        "q5_0": 6,
-        "q5_1": 7,
-        "q8_0": 8,
-        "iq4_nl": 20,
-        "bf16": 30,
-    }
-)
-"""Types that keys and values may be kept in: ggml's numbers by llama-server's names."""
 
 _LOAD_MODE_MMAP: Final = 1
 
@@ -270,10 +256,10 @@ class ContextParams:
     thread_count: int
     embeddings: bool = False
     pooling: int = POOLING_UNSPECIFIED
-    cache_type_k: str = "f16"
-    """One of `CACHE_TYPES`, like the next."""
+    cache_type_k: str = DEFAULT_CACHE_TYPE
+    """One of `CACHE_TYPE_NUMBERS`, like the next."""
 
-    cache_type_v: str = "f16"
+    cache_type_v: str = DEFAULT_CACHE_TYPE
 
 
 class AbortFlag:
@@ -329,8 +315,8 @@ class Context:
         native.no_perf = True
         native.embeddings = params.embeddings
         native.pooling_type = params.pooling
-        native.type_k = CACHE_TYPES[params.cache_type_k]
-        native.type_v = CACHE_TYPES[params.cache_type_v]
+        native.type_k = CACHE_TYPE_NUMBERS[params.cache_type_k]
+        native.type_v = CACHE_TYPE_NUMBERS[params.cache_type_v]
         if not params.embeddings:
             native.n_outputs_max = params.slot_count
         pointer = _c.llama_init_from_model(model.pointer, native)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
 
 from paddock_server.worker import llama
+from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS, DEFAULT_CACHE_TYPE
 from paddock_server.worker.embed import open_embedding_context
 from paddock_server.worker.errors import Reason, WorkerError, reject
 from paddock_server.worker.v1 import worker_pb2
@@ -39,9 +40,6 @@ MICRO_BATCH_TOKENS: Final = 256
 
 MICRO_BATCH_TOKENS_OFFLOADED: Final = 512
 """Most tokens computed at once by an accelerator, which needs more of them to be busy."""
-
-DEFAULT_CACHE_TYPE: Final = "f16"
-"""Type of keys and values when the request leaves it out."""
 
 EMBED_TOKENS: Final = 2048
 """Most tokens of a text to embed, unless the trained context is shorter or the batch is larger."""
@@ -223,8 +221,8 @@ def check_load(request: worker_pb2.Load) -> None:
         reject("gpu_layer_count", f"is {request.gpu_layer_count}; must be -1 or more")
     for field in ("cache_type_k", "cache_type_v"):
         name = getattr(request, field)
-        if name and name not in llama.CACHE_TYPES:
-            reject(field, f"is {name!r}; must be one of {', '.join(llama.CACHE_TYPES)}")
+        if name and name not in CACHE_TYPE_NUMBERS:
+            reject(field, f"is {name!r}; must be one of {', '.join(CACHE_TYPE_NUMBERS)}")
     for field in ("context_size_tokens", "thread_count", "queue_limit"):
         value = getattr(request, field)
         if value < 0:

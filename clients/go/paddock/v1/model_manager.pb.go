@@ -4263,12 +4263,16 @@ type DeviceMemory struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the device, `RAM` or for example `CUDA0`.
 	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
-	// What the model needs.
+	// What the model needs: what was measured of it, where `measured` says so,
+	// else the sum of its parts.
 	NeededBytes int64 `protobuf:"varint,2,opt,name=needed_bytes,json=neededBytes,proto3" json:"needed_bytes,omitempty"`
 	// What all models together may have.
 	BudgetBytes int64 `protobuf:"varint,3,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
 	// What other models hold of it now, as in `Device`.
-	HeldBytes     int64 `protobuf:"varint,4,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
+	HeldBytes int64 `protobuf:"varint,4,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
+	// Whether an earlier load of the same files with the same options was
+	// measured here. The parts are an estimate all the same.
+	Measured      bool `protobuf:"varint,5,opt,name=measured,proto3" json:"measured,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4329,6 +4333,13 @@ func (x *DeviceMemory) GetHeldBytes() int64 {
 		return x.HeldBytes
 	}
 	return 0
+}
+
+func (x *DeviceMemory) GetMeasured() bool {
+	if x != nil {
+		return x.Measured
+	}
+	return false
 }
 
 // Request of `Reload`.
@@ -4975,13 +4986,14 @@ const file_paddock_v1_model_manager_proto_rawDesc = "" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12.\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1a.paddock.v1.MemoryPartKindR\x04kind\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\x8b\x01\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\xa7\x01\n" +
 	"\fDeviceMemory\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12!\n" +
 	"\fneeded_bytes\x18\x02 \x01(\x03R\vneededBytes\x12!\n" +
 	"\fbudget_bytes\x18\x03 \x01(\x03R\vbudgetBytes\x12\x1d\n" +
 	"\n" +
-	"held_bytes\x18\x04 \x01(\x03R\theldBytes\"\x0f\n" +
+	"held_bytes\x18\x04 \x01(\x03R\theldBytes\x12\x1a\n" +
+	"\bmeasured\x18\x05 \x01(\bR\bmeasured\"\x0f\n" +
 	"\rReloadRequest\"\xba\x01\n" +
 	"\x0eReloadResponse\x12\x14\n" +
 	"\x05added\x18\x01 \x03(\tR\x05added\x12\x18\n" +

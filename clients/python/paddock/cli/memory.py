@@ -74,6 +74,9 @@ def estimate(
         f"With {chosen.context_size_tokens or 'the trained number of'} tokens of context "
         f"for {chosen.slot_count} sequences. {_VERDICTS[found.verdict]}"
     )
+    measured = ", ".join(device.device for device in found.devices if device.measured)
+    if measured:
+        note(f"{measured}: measured when the model was loaded so before; its parts are as estimated.")
     if found.roughness:
         note(found.roughness)
 
@@ -89,7 +92,7 @@ def _rows(found: MemoryEstimate, others: Sequence[Model]) -> list[tuple[str, str
             if part.device == name
         ]
         total = f"{size_text(device.needed_bytes)} of {size_text(device.budget_bytes)}"
-        rows.append((name, "all", total))
+        rows.append((name, "all, measured" if device.measured else "all", total))
         holders = [(other.id, _held_bytes(other, name)) for other in others]
         rows += [(name, f"held by {id_}", size_text(held)) for id_, held in holders if held]
         free = max(device.budget_bytes - device.held_bytes, 0)

@@ -2128,14 +2128,21 @@ class DeviceMemory(_message.Message):
     NEEDED_BYTES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     HELD_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Name of the device, `RAM` or for example `CUDA0`."""
     needed_bytes: _builtins.int
-    """What the model needs."""
+    """What the model needs: what was measured of it, where `measured` says so,
+    else the sum of its parts.
+    """
     budget_bytes: _builtins.int
     """What all models together may have."""
     held_bytes: _builtins.int
     """What other models hold of it now, as in `Device`."""
+    measured: _builtins.bool
+    """Whether an earlier load of the same files with the same options was
+    measured here. The parts are an estimate all the same.
+    """
     def __init__(
         self,
         *,
@@ -2143,10 +2150,11 @@ class DeviceMemory(_message.Message):
         needed_bytes: _builtins.int = ...,
         budget_bytes: _builtins.int = ...,
         held_bytes: _builtins.int = ...,
+        measured: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "held_bytes", b"held_bytes", "needed_bytes", b"needed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "held_bytes", b"held_bytes", "measured", b"measured", "needed_bytes", b"needed_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ from paddock_server.catalog.configured.kinds import (
     Number,
     Text,
 )
-from paddock_server.catalog.ggml_types import CACHE_TYPE_NAMES
+from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS
 
 _MAX_INT32: Final = 2**31 - 1
 _MAX_SECONDS: Final = 10 * 365 * 24 * 3600
@@ -133,14 +133,14 @@ KEYS: Final = (
         _OPTION,
         "cache_type_k",
         "cache_type_k",
-        Choice(CACHE_TYPE_NAMES),
+        Choice(tuple(CACHE_TYPE_NUMBERS)),
         ("ctk", "cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"),
     ),
     Key(
         _OPTION,
         "cache_type_v",
         "cache_type_v",
-        Choice(CACHE_TYPE_NAMES),
+        Choice(tuple(CACHE_TYPE_NUMBERS)),
         ("ctv", "cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"),
     ),
     Key(_OPTION, "replicas", "replica_count", Integer(1, 16)),
