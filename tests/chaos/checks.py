@@ -13,7 +13,7 @@ import psutil
 
 from paddock.types import ArtifactState, ModelState
 from tests.chaos.driver import MODELS, wrong_answer
-from tests.chaos.world import ANSWERS, HUB_MODEL, MODELS_MAX
+from tests.chaos.world import ANSWERS, HUB_MODEL, MODELS_MAX, replicas_of
 from tests.servers import wait_until
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ async def settled(world: World) -> dict[str, Model]:
     async with asyncio.timeout(SETTLE_SECONDS):
         while True:
             models = {model.id: model for model in await world.client.list()}
-            with_worker = sum(model.state in WITH_WORKER for model in models.values())
+            shown = sum(len(model.workers) for model in models.values() if model.state in WITH_WORKER)
             if (
                 all(model.state in AT_REST for model in models.values())
                 and all(model.artifact_state is not ArtifactState.DOWNLOADING for model in models.values())
                 and all(model.lease_count == 0 for model in models.values())
-                and len(world.workers()) == with_worker
+                and len(world.workers()) == shown
                 and not world.fetchers()
             ):
                 return models
@@ -58,6 +58,7 @@ async def check_round(done: Round, rng: random.Random) -> None:
     world, oracle = done.world, done.oracle
     models = await settled(world)
     assert done.unexpected == [], done.unexpected
+    assert done.unexplained() == [], done.unexplained()
     listed = set(models) - {HUB_MODEL}
     assert listed == set(MODELS), f"listed: {sorted(models)}"
     there = world.check_files(may_be_partial=oracle.partial)
@@ -96,12 +97,17 @@ async def _check_pins(world: World, oracle: Oracle) -> None:
         assert pinned == oracle.pins.get(model, False), f"{model}: pinned is {pinned}"
 
 
-async def check_restored(world: World, remembered: list[str]) -> None:
-    """After a restart, what was remembered is loaded, as far as there is room."""
+async def check_restored(world: World, remembered: list[str], variant: int) -> None:
+    """After a restart, what was remembered is loaded, as far as there is room: the latest first."""
     models = await settled(world)
-    expected = [model for model in remembered if model in models][-MODELS_MAX:]
-    loaded = {model.id for model in models.values() if model.state is ModelState.LOADED}
-    assert loaded == set(expected), f"loaded after the restart: {loaded}, remembered: {remembered}"
+    expected: dict[str, int] = {}
+    for model in reversed([model for model in remembered if model in models]):
+        expected[model] = replicas_of(model, variant)
+        if sum(expected.values()) > MODELS_MAX:
+            del expected[model]
+            break
+    loaded = {model.id: len(model.workers) for model in models.values() if model.state is ModelState.LOADED}
+    assert loaded == expected, f"loaded after the restart: {loaded}, remembered: {remembered}"
 
 
 def _check_locks(world: World) -> None:

@@ -19,14 +19,14 @@ import psutil
 from paddock import PaddockError, Reason
 from paddock.errors import make_error
 from tests.chaos.oracle import Oracle
-from tests.chaos.world import ANSWERS, HUB_MODEL, LOCAL_MODELS, World
+from tests.chaos.world import ANSWERS, HUB_MODEL, LOCAL_MODELS, TWINS, World
 from tests.fakes.hub import Fault
 
 CALL_SECONDS: Final = 90.0
 """The longest any call may take: a worker that was stopped is found out after 20 s, a hub that stalls after
 as long, and either may happen twice to one call on a busy machine."""
 
-MODELS: Final = (*LOCAL_MODELS, "helper")
+MODELS: Final = (*LOCAL_MODELS, "helper", TWINS)
 
 NORMAL: Final = frozenset(
     {
@@ -36,6 +36,11 @@ NORMAL: Final = frozenset(
     }
 )  # fmt: skip
 """What a call may be answered while others load, unload and kill."""
+
+AFTER_CRASHES: Final = frozenset({Reason.WORKER_CRASHED, Reason.CRASH_LOOP, Reason.LOAD_STALLED})
+AFTER_UNLOADS: Final = frozenset({Reason.MODEL_UNLOADED, Reason.LOAD_ABORTED})
+"""What a user may be answered: after workers were killed or stopped; when the operator has unloaded the model
+or a reload has changed it. Nothing else: a model in use is not evicted, and in the end there is room."""
 
 GONE: Final = frozenset({Reason.SERVER_UNREACHABLE, Reason.SHUTTING_DOWN})
 
@@ -61,11 +66,26 @@ class Round:
 
     disk_was_full: bool = False
     server_ended: bool = False
+    unloaded: set[str] = field(default_factory=set[str])
+    """Models that the operator has unloaded, or that a reload has changed."""
+
+    user_errors: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """What users were answered instead of an answer: models and reasons."""
+
     _op_begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, what: str) -> None:
         """Write down what is done, for whom has to repeat it."""
         self.actions.append(f"{time.monotonic() - self.began:7.3f} {what}")
+
+    def unexplained(self) -> list[tuple[str, str]]:
+        """Return what users were answered without a cause."""
+        after_crashes = AFTER_CRASHES if self.oracle.workers_died else frozenset[Reason]()
+        return [
+            (model, reason)
+            for model, reason in self.user_errors
+            if reason not in (after_crashes | (AFTER_UNLOADS if model in self.unloaded else frozenset()))
+        ]
 
     # Calls
 
@@ -132,6 +152,7 @@ class Round:
         was = self.oracle.loads.get(model, False)
         self.oracle.changed.add(model)
         self.oracle.loads[model] = False if was is False else None
+        self.unloaded.add(model)
         unload = self.world.client.unload(model, force=force, drain_timeout_seconds=5)
         done = await self.call(f"unload {model} force={force}", unload)
         if done:
@@ -156,6 +177,7 @@ class Round:
     async def _reload(self) -> bool | None:
         self.is_broken = self.rng.random() < 0.3
         self.variant += 1
+        self.unloaded |= {"helper", TWINS}
         self.world.configure(self.variant, is_broken=self.is_broken)
         allowed = NORMAL | {Reason.INVALID_CONFIG} if self.is_broken else NORMAL
         what = f"reload {self.variant}{' broken' if self.is_broken else ''}"
@@ -236,16 +258,21 @@ class Round:
     ) -> None:
         with suppress(*(() if patience is None else (TimeoutError,))):
             async with asyncio.timeout(patience):
-                if not over_http:
-                    wrong = await wrong_answer(self.world, model, pair)
-                elif (answer := await answer_over_http(self.world, model, pair["question"])) != pair[
-                    "answer"
-                ]:
-                    wrong = f"{model} answers {pair['question']!r} over HTTP with {answer!r}"
-                else:
-                    wrong = ""
+                try:
+                    wrong = await self._wrong(model, pair, over_http=over_http)
+                except PaddockError as error:
+                    if error.reason not in GONE:
+                        self.user_errors.append((model, error.reason))
+                    raise
                 if wrong:
                     self.unexpected.append(wrong)
+
+    async def _wrong(self, model: str, pair: dict[str, str], *, over_http: bool) -> str:
+        if not over_http:
+            return await wrong_answer(self.world, model, pair)
+        answer = await answer_over_http(self.world, model, pair["question"])
+        right = answer == pair["answer"]
+        return "" if right else f"{model} answers {pair['question']!r} over HTTP with {answer!r}"
 
     # The saboteur
 
@@ -289,6 +316,7 @@ class Round:
         if process is not None:
             self.counts[f"kill-{what}"] += 1
             self.note(f"kill -9 of {what} {process.pid}")
+            self.oracle.workers_died |= what == "worker"
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
 
@@ -298,6 +326,7 @@ class Round:
             return
         seconds = self.rng.choice([0.2, 1.0, 1.0, 30.0] if self.may_take_long else [0.2, 1.0])
         self.counts["stop-worker"] += 1
+        self.oracle.workers_died = True
         self.note(f"SIGSTOP of worker {worker.pid} for {seconds:g} s")
         with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGSTOP)
@@ -343,7 +372,7 @@ async def wrong_answer(
         close = all(abs(a - b) <= 1e-3 for a, b in zip(known, vector, strict=True))
         return "" if close else f"{model} embeds {pair['question']!r} otherwise than before"
     options: dict[str, Any] = {"temperature": 0.0} | ({} if autoload is None else {"autoload": autoload})
-    if model in {"foal", HUB_MODEL}:
+    if model in {"foal", TWINS, HUB_MODEL}:
         messages = [{"role": "user", "content": pair["question"]}]
         completion = await world.client.complete(model, messages, **options)
         wanted = pair["answer"]

@@ -25,6 +25,9 @@ class Oracle:
     partial: bool = False
     """Whether a part of it may be."""
 
+    workers_died: bool = False
+    """Whether any worker was killed or stopped: later rounds may still be told of it."""
+
     changed: set[str] = field(default_factory=set[str])
     """Models whose remembered load or pin may have changed in this round."""
 

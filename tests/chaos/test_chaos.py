@@ -21,6 +21,9 @@ from tests.chaos.world import World, world
 log = logging.getLogger("chaos")
 
 SHORT_ROUNDS: Final = 3
+ROUND_SECONDS: Final = 900.0
+"""The longest a round may take, all its calls at their longest; then something hangs."""
+
 ROUNDS: Final = int(os.environ.get("PADDOCK_CHAOS_ROUNDS") or 30)
 """Of the long form: `make chaos ROUNDS=n`."""
 
@@ -36,7 +39,8 @@ async def run(made: World, seed: str, rounds: int, *, may_take_long: bool) -> No
         rng = random.Random(f"{seed}-{number}")
         done = Round(made, oracle, rng, variant, number < (rounds + 1) // 2, may_take_long)
         try:
-            await _round(done, rng)
+            async with asyncio.timeout(ROUND_SECONDS):
+                await _round(done, rng)
             leaks.sample(made)
         except BaseException as error:
             error.add_note(
@@ -69,7 +73,7 @@ async def _round(done: Round, rng: random.Random) -> None:
             done.oracle.doubt()
         remembered, _ = read_state(made.state / "loads-0.json")
         await made.start()
-        await check_restored(made, remembered)
+        await check_restored(made, remembered, done.variant)
     else:
         await done.call("reload at the end", made.client.reload())
     await check_round(done, rng)

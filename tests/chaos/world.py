@@ -31,7 +31,10 @@ LOCAL_MODELS: Final = ("embed", "foal", "noise")
 
 REPO: Final = "org/foal-GGUF"
 HUB_MODEL: Final = f"{REPO}:Q8_0"
-MODELS_MAX: Final = 2
+MODELS_MAX: Final = 3
+TWINS: Final = "twins"
+"""A model with one replica or two, by the configuration."""
+
 DISK_BYTES: Final = 24 * 1024 * 1024
 """Size of the disk of the hub's cache and of the state directory, where one may be mounted."""
 
@@ -43,6 +46,11 @@ FLAGS: Final = (
 )
 END_SECONDS: Final = 10
 """How long processes of a server that was killed may live on: the rule says two, a busy machine more."""
+
+
+def replicas_of(model: str, variant: int) -> int:
+    """Return how many workers a variant of the configuration wants for a model."""
+    return 1 + variant % 2 if model == TWINS else 1
 
 
 class World:
@@ -82,9 +90,11 @@ class World:
         self.configure(0)
 
     def configure(self, variant: int, *, is_broken: bool = False) -> None:
-        """Write a configuration, in which another alias and another context size stand for each variant."""
+        """Write a configuration. Each variant has another alias and context size, and another number of
+        twins."""
         text = f'[models.helper]\npath = "noise.gguf"\nctx_size = {512 + 128 * (variant % 3)}\n'
         text += f'aliases = ["helper-{variant}"]\n'
+        text += f'[models.{TWINS}]\npath = "foal.gguf"\nreplicas = {replicas_of(TWINS, variant)}\n'
         self.config.write_text(text + ("nonsense = [\n" if is_broken else ""))
 
     @property

@@ -24,6 +24,8 @@ from paddock_server.app import serving
 from paddock_server.catalog import parse_hub_name
 from paddock_server.config import ServerConfig
 from paddock_server.downloads.process import FetcherCrashedError, FetcherLauncher, FetcherStalledError
+from paddock_server.downloads.removal import remove_model
+from paddock_server.manager import deletion as deletion_module
 from tests.fakes.hub import FakeHub, Fault, Repo, digest_of, running_hub
 from tests.fakes.launching import fake_launcher
 from tests.models import make_noise
@@ -220,6 +222,26 @@ async def test_a_request_waits_for_a_download_that_somebody_has_begun(
     assert (await waiting).started.model == ID
     await running
     await stream.aclose()
+
+
+@pytest.mark.parametrize("limit", ["queue_limit", "total_queue_limit"])
+async def test_no_more_requests_wait_for_a_download_than_for_a_load(
+    world: Path, tmp_path: Path, hub: FakeHub, content: bytes, limit: str
+) -> None:
+    settings: dict[str, Any] = {limit: 2}
+    async with server(tmp_path, **settings) as api:
+        gate = Gate(hub, len(content) // 2)
+        running = asyncio.create_task(download(api))
+        await gate.wait_reached()
+        embed = pb.EmbedRequest(model=NAME, texts=["hi"])
+        waiting = [asyncio.create_task(api.embed(embed)) for _ in range(3)]
+        await asyncio.wait(waiting, timeout=WAY_OUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task.exception() for task in waiting if task.done()]
+        gate.opened.set()
+        await running
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert [error.reason for error in ended if isinstance(error, PaddockError)] == [Reason.QUEUE_FULL]
 
 
 async def test_a_request_loads_a_hub_name_unless_it_may_not(downloading_api: GrpcApi, hub: FakeHub) -> None:
@@ -507,6 +529,62 @@ async def test_a_loaded_model_is_not_deleted_and_an_unloaded_one_frees_its_bytes
     assert (await api.delete(pb.DeleteRequest(model=ID, allow_missing=True))).freed_bytes == 0
 
 
+class Deletion:
+    """A deletion that is held up before the first file goes."""
+
+    def __init__(self, api: GrpcApi, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on = threading.Event()
+        self._begun = threading.Event()
+        monkeypatch.setattr(deletion_module, "remove_model", self._remove)
+        self.call = asyncio.create_task(api.delete(pb.DeleteRequest(model=ID)))
+
+    def _remove(self, *arguments: Any) -> int:
+        self._begun.set()
+        assert self.go_on.wait(WAY_OUT_SECONDS)
+        return remove_model(*arguments)
+
+    async def wait_begun(self) -> None:
+        assert await asyncio.to_thread(self._begun.wait, WAY_OUT_SECONDS)
+
+
+async def test_a_deletion_once_begun_goes_on_without_its_caller(
+    api: GrpcApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await download(api)
+    deletion = Deletion(api, monkeypatch)
+    await deletion.wait_begun()
+    deletion.call.cancel()
+    await asyncio.wait({deletion.call})
+    assert list(await listed(api)) == [ID], "by now the server has heard that the caller is gone"
+    deletion.go_on.set()
+
+    async with (
+        asyncio.timeout(WAY_OUT_SECONDS),
+        aclosing(api.watch(pb.WatchRequest(models=[ID]))) as events,
+    ):
+        async for event in events:
+            if event.deleted.model == ID or (event.HasField("synced") and not await listed(api)):
+                break
+
+
+async def test_a_model_that_is_being_deleted_is_not_loaded(
+    api: GrpcApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await download(api)
+    deletion = Deletion(api, monkeypatch)
+    await deletion.wait_begun()
+    generate = pb.GenerateRequest(model=ID, prompt="hi")
+    errors = [
+        await refused(anext(api.load(pb.LoadRequest(model=ID)))),
+        await refused(anext(api.generate(generate))),
+    ]
+    deletion.go_on.set()
+    await deletion.call
+
+    assert [error.reason for error in errors] == [Reason.MODEL_NOT_FOUND] * 2
+    assert await listed(api) == {}
+
+
 async def test_what_another_revision_uses_is_kept(api: GrpcApi, hub: FakeHub, content: bytes) -> None:
     await download(api)
     hub.repos[REPO].commit = "b" * 40
@@ -519,6 +597,44 @@ async def test_what_another_revision_uses_is_kept(api: GrpcApi, hub: FakeHub, co
     second = await api.delete(pb.DeleteRequest(model=f"{REPO}@v2:Q4_K_M"))
 
     assert (first.freed_bytes, second.freed_bytes) == (0, len(content))
+
+
+async def test_a_file_that_a_running_download_needs_outlives_the_model_it_came_with(
+    api: GrpcApi, hub: FakeHub, world: Path, content: bytes
+) -> None:
+    projector = "mmproj-F16.gguf"
+    hub.repos[REPO].files |= {"noise-Q8_0.gguf": content + b"!", projector: b"GGUF" * 1000}
+    await download(api, f"hf:{REPO}:Q8_0")
+    gate = Gate(hub, hub.served_bytes + len(content) // 2)
+    other = asyncio.create_task(download(api))
+    await gate.wait_reached()
+
+    await api.delete(pb.DeleteRequest(model=f"{REPO}:Q8_0"))
+    gate.opened.set()
+    await other
+
+    links = await asyncio.to_thread(lambda: [link.exists() for link in world.rglob("mmproj*")])
+    assert links == [True], "the projector has been removed under the download"
+    assert list(await listed(api)) == [ID]
+
+
+async def test_two_servers_with_one_cache_fetch_each_byte_once_and_leave_each_other_s_alone(
+    api: GrpcApi, hub: FakeHub, content: bytes, tmp_path: Path
+) -> None:
+    gate = Gate(hub, len(content) // 2)
+    first = asyncio.create_task(download(api))
+    await gate.wait_reached()
+    async with server(tmp_path, state_dir=tmp_path / "other") as other:
+        second = asyncio.create_task(refused(download(other)))
+        await until(other, ID, lambda model: model.download.total_bytes > 0)
+        await other.stop_download(pb.StopDownloadRequest(model=ID, mode=pb.STOP_DOWNLOAD_MODE_CANCEL))
+        assert (await second).reason == Reason.LOAD_ABORTED
+        third = asyncio.create_task(download(other))
+        gate.opened.set()
+
+        assert (await first)[-1].downloaded.id == ID
+        assert (await third)[-1].downloaded.id == ID
+    assert hub.served_bytes == len(content)
 
 
 async def test_offline_the_cache_is_served_and_nothing_else(

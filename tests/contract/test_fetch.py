@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +18,8 @@ from paddock_server.catalog import parse_hub_name
 from paddock_server.downloads import transfer
 from paddock_server.downloads.fetcher import Fetch, Patience
 from paddock_server.downloads.hub import Hub
-from paddock_server.downloads.messages import Done, Message, Resolved, Retrying
+from paddock_server.downloads.messages import Done, Failed, Message, Resolved, Retrying
+from paddock_server.downloads.process import FetcherLauncher
 from tests.fakes.hub import FakeHub, Fault, Repo, digest_of, running_hub
 
 CONTENT = bytes(range(256)) * 512
@@ -380,3 +382,105 @@ def test_a_branch_that_moves_is_noted_over_what_was_noted(fetched: Fetched) -> N
     for commit in ("a" * 40, "b" * 40):
         place.set_ref("main", commit)
         assert (fetched.folder / "refs" / "main").read_text() == commit
+
+
+@pytest.mark.parametrize("kind", ["info", "file"])
+def test_the_token_does_not_go_where_the_hub_sends_us(hub: FakeHub, tmp_path: Path, kind: str) -> None:
+    with running_hub() as other:
+        other.repos = hub.repos
+        hub.faults = [Fault(kind, location=other.endpoint)]
+        hub.required_token = ""
+        fetched = Fetched(hub, tmp_path, token="hf_secret")
+        fetched.run()
+
+    assert fetched.file.read_bytes() == CONTENT
+    assert set(hub.authorizations) == {"Bearer hf_secret"}
+    assert set(other.authorizations) == {""}
+
+
+def test_a_password_in_the_address_of_the_hub_is_shown_nowhere(hub: FakeHub, fetched: Fetched) -> None:
+    address = hub.endpoint.replace("http://", "http://me:pass_word@")
+    for fault in (Fault("info", status=401), Fault("info", status=418), Fault(status=429, retry_after="999")):
+        hub.faults = [fault]
+        fetched.hub = Hub(address, fetched.hub.cache_dir)
+        with pytest.raises(PaddockError) as caught:
+            fetched.run()
+        assert "pass_word" not in repr((caught.value, caught.value.metadata, fetched.messages, fetched.hub))
+
+
+def test_more_bytes_than_were_announced_are_not_taken(hub: FakeHub, fetched: Fetched) -> None:
+    hub.repos[REPO].sizes[FILE] = HALF
+
+    with pytest.raises(PaddockError, match="longer than") as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.MODEL_CORRUPT
+    assert not list((fetched.folder / "blobs").iterdir())
+
+
+def test_fewer_bytes_than_were_announced_end_after_a_bound(hub: FakeHub, fetched: Fetched) -> None:
+    hub.repos[REPO].sizes[FILE] = len(CONTENT) + 1
+
+    with pytest.raises(PaddockError) as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.HUB_UNREACHABLE
+    assert hub.served_bytes == len(CONTENT)
+    assert not fetched.file.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/escape-Q4_K_M.gguf",
+        "a/../../../escape-Q4_K_M.gguf",
+        "..",
+        "line\nbreak-Q4_K_M.gguf",
+        "null\0byte-Q4_K_M.gguf",
+        "\u202eright-to-left-Q4_K_M.gguf",
+        "x" * 250 + "-Q4_K_M.gguf",
+    ],
+)
+def test_a_name_that_is_no_name_of_a_file_is_not_taken(hub: FakeHub, fetched: Fetched, path: str) -> None:
+    hub.repos[REPO] = Repo({path: CONTENT})
+
+    with pytest.raises(PaddockError) as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.HUB_FILE_NOT_FOUND
+    assert hub.served_bytes == 0
+
+
+@pytest.mark.parametrize("path", ["%2e%2e%2fa b?c#&-Q4_K_M.gguf", "ü/é-Q4_K_M.gguf", ".x/x-Q4_K_M.gguf"])
+def test_a_name_with_odd_characters_is_taken_as_it_is(hub: FakeHub, fetched: Fetched, path: str) -> None:
+    hub.repos[REPO] = Repo({path: CONTENT})
+
+    fetched.run()
+
+    link = fetched.folder / "snapshots" / ("a" * 40) / path
+    assert link.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("digest", ["../../../escape", "", "A" * 64, "/" * 40, "0" * 63])
+def test_a_hash_that_is_none_is_no_name_of_a_blob(hub: FakeHub, fetched: Fetched, digest: str) -> None:
+    hub.repos[REPO].digests[FILE] = digest
+
+    with pytest.raises(PaddockError) as caught:
+        fetched.run()
+
+    assert caught.value.reason == Reason.HUB_FILE_NOT_FOUND
+    assert hub.served_bytes == 0
+
+
+async def test_a_hub_that_lists_without_an_end_costs_a_bounded_amount_of_memory(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    hub.faults = [Fault("info", endless=True)]
+    program = "from paddock_server.downloads import fetcher; fetcher.MEMORY_BYTES = 1 << 28; fetcher.main()"
+
+    end = await FetcherLauncher((sys.executable, "-c", program)).run(parse_hub_name(REPO), lambda _: None)
+
+    assert isinstance(end, Failed)
+    assert (end.reason, "MemoryError" in end.message) == (Reason.HUB_UNREACHABLE, True)

@@ -43,6 +43,12 @@ class Fault:
     ignore_range: bool = False
     """Send the whole file, whatever range was asked for."""
 
+    location: str = ""
+    """Send the client to this host instead, under the same path."""
+
+    endless: bool = False
+    """Send a body that never ends."""
+
 
 @dataclass
 class Repo:
@@ -53,6 +59,12 @@ class Repo:
     revisions: tuple[str, ...] = ("main",)
     wrong_hashes: set[str] = field(default_factory=set[str])
     """Files whose announced hash is not that of their content."""
+
+    sizes: dict[str, int] = field(default_factory=dict[str, int])
+    """Sizes that are announced instead of the true ones, by file."""
+
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+    """Hashes that are announced instead of the true ones, by file."""
 
 
 class FakeHub:
@@ -70,6 +82,9 @@ class FakeHub:
 
         self.ranges: list[str] = []
         """`Range` of every request for a file; empty without one."""
+
+        self.authorizations: list[str] = []
+        """`Authorization` of every request; empty without one."""
 
         self.block_gate: Callable[[int], None] | None = None
         """Called before every block of a file with the bytes served so far; a slow link waits in it."""
@@ -101,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path))
+        hub.authorizations.append(self.headers.get("Authorization", ""))
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
         if info is not None:
@@ -111,6 +127,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "")
 
     def _refused(self, fault: Fault | None) -> bool:
+        if fault is not None and fault.location:
+            self.send_response(302)
+            self.send_header("Location", fault.location + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return True
+        if fault is not None and fault.endless:
+            self._endless()
+            return True
         if fault is not None and fault.status:
             self._error(fault.status, fault.error_code, fault.retry_after)
             return True
@@ -136,11 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [
             {
                 "rfilename": path,
-                "size": len(content),
+                "size": repo.sizes.get(path, len(content)),
                 "blobId": hashlib.sha1(content, usedforsecurity=False).hexdigest(),
                 "lfs": {
-                    "size": len(content),
-                    "sha256": digest_of(content if path not in repo.wrong_hashes else content + b"!"),
+                    "size": repo.sizes.get(path, len(content)),
+                    "sha256": repo.digests.get(
+                        path, digest_of(content if path not in repo.wrong_hashes else content + b"!")
+                    ),
                     "pointerSize": 134,
                 },
             }
@@ -168,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if match is not None and (fault is None or not fault.ignore_range):
             start = int(match[1])
+        if start >= len(content) > 0:
+            self._error(416, "")
+            return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -190,6 +220,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if fault is not None and fault.stall:
                 hub.closed.wait(STALL_SECONDS)
+
+    def _endless(self) -> None:
+        """Begin a list, and never end it."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"siblings": [')
+        while not self.hub.closed.is_set():
+            self.wfile.write(b" " * 1024 * 1024)
 
     def _error(self, status: int, code: str, retry_after: str = "") -> None:
         self.send_response(status)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from paddock.errors import PaddockError, Reason, make_error
+from paddock.errors import ModelNotFoundError, PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import CatalogEntry, CatalogError, CatalogProblem, ModelFacts, Problem
 from paddock_server.manager import ManagerConfig, ModelManager
@@ -256,6 +257,12 @@ class Server:
 async def loads(manager: ModelManager, model: str, **request: Any) -> list[pb.LoadResponse]:
     """Call Load and return everything it sends."""
     return [event async for event in manager.subscribe_load(pb.LoadRequest(model=model, **request))]
+
+
+async def scan(manager: ModelManager) -> None:
+    """Have the manager look at the directories again, as it does for a model it does not know."""
+    with contextlib.suppress(ModelNotFoundError):
+        await manager.acquire("unknown")
 
 
 async def until(holds: Callable[[], bool]) -> None:

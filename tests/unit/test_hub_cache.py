@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from paddock_server.catalog import Catalog, HubRef, InvalidConfigError
+from paddock_server.catalog.hub_cache import lock_path
 from paddock_server.config import ServerConfig, default_hub_cache
 from paddock_server.downloads.messages import Resolved
 from paddock_server.downloads.removal import finish_removals, remove_model, remove_partial
@@ -149,6 +152,24 @@ def test_removing_what_arrived_keeps_what_a_snapshot_links_to(cache: Cache, gguf
     assert remove_partial(cache.folder, "org/repo", ["c" * 40, "d" * 40, "e" * 40]) == 4
     assert link.exists()
     assert not partial.exists()
+
+
+def test_what_another_process_fetches_or_is_about_to_link_is_not_removed(cache: Cache, gguf: bytes) -> None:
+    link = cache.add("org/repo", A, "m-Q8_0.gguf", gguf, "main", blob="c" * 40)
+    blobs = cache.repo("org/repo") / "blobs"
+    growing = blobs / f"{'d' * 40}.incomplete"
+    growing.write_bytes(b"half")
+    locks = [lock_path(cache.folder, cache.repo("org/repo"), letter * 40) for letter in "cd"]
+    locks[0].parent.mkdir(parents=True)
+    with ExitStack() as held:
+        for path in locks:
+            fcntl.flock(held.enter_context(path.open("w")), fcntl.LOCK_EX)
+        assert remove_model(cache.folder, "org/repo", [link]) == 0
+        assert remove_partial(cache.folder, "org/repo", ["c" * 40, "d" * 40]) == 0
+        assert not link.is_symlink()
+        assert sorted(blobs.iterdir()) == [blobs / ("c" * 40), growing]
+
+    assert remove_partial(cache.folder, "org/repo", ["c" * 40, "d" * 40]) == len(gguf) + 4
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, CatalogProblem
 from paddock_server.manager import registry
 from tests.listing import models_of
-from tests.unit.manager_fakes import Server, entry, loads, until
+from tests.unit.manager_fakes import Server, entry, loads, scan, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -36,12 +36,6 @@ def local(path: str) -> model_pb2.ModelSource:
 
 def ids(server: Server) -> list[str]:
     return [model.id for model in models_of(server.manager)]
-
-
-async def scan(server: Server) -> None:
-    """Have the server look at the directories again, as it does for a model it does not know."""
-    with pytest.raises(ModelNotFoundError):
-        await server.manager.acquire("unknown")
 
 
 async def test_a_file_dropped_into_the_directory_is_found_when_asked_for(server: Server) -> None:
@@ -91,7 +85,7 @@ async def test_a_model_whose_file_has_gone_disappears(server: Server) -> None:
         await anext(stream)
         await anext(stream)
         del server.catalog.entries["a"]
-        await scan(server)
+        await scan(server.manager)
         changes = [await anext(stream), await anext(stream)]
     assert changes[0].changed.model.artifact_state == model_pb2.ARTIFACT_STATE_ABSENT
     assert changes[1].deleted.model == "a"
@@ -103,7 +97,7 @@ async def test_a_model_whose_file_has_gone_disappears(server: Server) -> None:
 async def test_a_loaded_model_whose_file_has_gone_serves_until_it_is_unloaded(server: Server) -> None:
     await loads(server.manager, "a")
     del server.catalog.entries["a"]
-    await scan(server)
+    await scan(server.manager)
     async with await server.manager.acquire("a"):
         pass
     response = await server.manager.unload(pb.UnloadRequest(model="a"))
@@ -114,7 +108,7 @@ async def test_a_loaded_model_whose_file_has_gone_serves_until_it_is_unloaded(se
 async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
     old = server.catalog.entries.pop("a")
     await loads(server.manager, "a")
-    await scan(server)
+    await scan(server.manager)
     await server.manager.unload(pb.UnloadRequest(model="a"))
     server.catalog.entries["a"] = old
     async with await server.manager.acquire("a"):
@@ -124,7 +118,7 @@ async def test_a_model_that_comes_back_is_a_new_one(server: Server) -> None:
 async def test_a_file_that_changes_is_one_change_to_watchers(server: Server) -> None:
     before = server.manager.listing().revision
     server.catalog.entries["a"] = replace(server.catalog.entries["a"], size_bytes=77)
-    await scan(server)
+    await scan(server.manager)
     await until(lambda: models_of(server.manager)[0].size_bytes == 77)
     assert server.manager.listing().revision == before + 1
 
@@ -204,10 +198,10 @@ async def test_a_model_deeper_than_a_scan_looks_is_found_by_its_path(server: Ser
         await loads(server.manager, "deep")
     events = await loads(server.manager, "deep", source=local("x/y/deep.gguf"))
     assert events[-1].loaded.model.source.local.path == "x/y/deep.gguf"
-    await scan(server)
+    await scan(server.manager)
     assert "deep" in ids(server), "it stays known"
     server.catalog.hidden.clear()
-    await scan(server)
+    await scan(server.manager)
     await server.manager.unload(pb.UnloadRequest(model="deep"))
     await until(lambda: "deep" not in ids(server))
 

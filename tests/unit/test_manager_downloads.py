@@ -20,6 +20,7 @@ from paddock_server.manager.progress import Subscription
 if TYPE_CHECKING:
     from pathlib import Path
 
+WAY_OUT_SECONDS = 5.0
 RESOLVED = Resolved("a" * 40, "m-Q8_0.gguf", "Q8_0", 100, ["b" * 40])
 
 
@@ -31,6 +32,14 @@ class Fetchers(FetcherLauncher):
     started: list[HubRef] = field(default_factory=list[HubRef])
     resumed: list[bool] = field(default_factory=list[bool])
     crashing: bool = False
+    resolved: list[Resolved] = field(default_factory=lambda: [RESOLVED])
+    """What the next fetchers hear from the hub; the last one stays."""
+
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, as at first, when a fetcher that is killed is dead at once."""
+
+    def __post_init__(self) -> None:
+        self.dead.set()
 
     async def run(
         self, ref: HubRef, receive: Callable[[Message], None], *, resumed: bool = False
@@ -41,9 +50,12 @@ class Fetchers(FetcherLauncher):
         if self.crashing:
             message = "It fell over."
             raise FetcherCrashedError(message)
-        receive(RESOLVED)
+        receive(self.resolved.pop(0) if len(self.resolved) > 1 else self.resolved[0])
         receive(Advanced(verifying=False, completed_bytes=50, total_bytes=100))
-        await self.waiting.setdefault(ref, asyncio.Event()).wait()
+        try:
+            await self.waiting.setdefault(ref, asyncio.Event()).wait()
+        finally:
+            await self.dead.wait()
         return Done(cached=False)
 
 
@@ -154,6 +166,47 @@ async def test_stopping_the_server_ends_all_who_wait(tmp_path: Path) -> None:
     assert [end.reason for end in ends if isinstance(end, PaddockError)] == [Reason.SHUTTING_DOWN] * 4
     with pytest.raises(PaddockError, match="shutting down"):
         world.join("org/e")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_a_stop_once_begun_goes_on_without_its_caller(world: World, keep: bool) -> None:
+    follower = world.join("org/a")
+    await settle()
+    (job,) = world.downloads.jobs()
+    world.fetchers.dead.clear()
+    stopping = asyncio.create_task(world.downloads.halt(job, keep=keep))
+    await settle()
+    stopping.cancel()
+    await settle()
+    world.fetchers.dead.set()
+
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        with pytest.raises(PaddockError) as caught:
+            await to_end(follower)
+        async with job.stopping:
+            pass
+    assert caught.value.reason == Reason.LOAD_ABORTED
+    assert job.state is JobState.PAUSED
+    assert world.downloads.jobs() == ([job] if keep else [])
+
+
+async def test_what_had_arrived_of_a_revision_that_has_moved_is_removed(world: World, tmp_path: Path) -> None:
+    moved = Resolved("c" * 40, "m-Q8_0.gguf", "Q8_0", 100, ["d" * 40])
+    world.fetchers.resolved[:] = [RESOLVED, moved]
+    blobs = tmp_path / "models--org--a" / "blobs"
+    blobs.mkdir(parents=True)
+    for digest in "bd":
+        (blobs / f"{digest * 40}.incomplete").write_bytes(b"half")
+    world.join("org/a")
+    await settle()
+    (job,) = world.downloads.jobs()
+    await world.downloads.halt(job, keep=True)
+    assert len(list(blobs.iterdir())) == 2
+
+    world.join("org/a")
+    await settle()
+    await world.downloads.stop()
+    assert [path.name for path in blobs.iterdir()] == [f"{'d' * 40}.incomplete"]
 
 
 async def test_the_rate_is_that_of_the_last_seconds() -> None:

@@ -93,7 +93,7 @@ async def test_requests_spread_over_the_replicas(server: Server) -> None:
 async def test_a_request_loads_all_replicas(server: Server) -> None:
     leases = await acquire(server, 4)
     await until(lambda: len(models_of(server.manager)[0].workers) == 2)
-    assert of_worker(leases) == [2, 2]
+    assert sum(of_worker(leases)) == 4
 
 
 async def test_one_that_dies_takes_only_its_own_requests_and_the_next_is_served_at_once(
@@ -135,6 +135,29 @@ async def test_waiting_requests_are_taken_over_by_the_first_that_serves(server: 
     assert (await now(server)).waiting_request_count == 0
 
 
+async def test_no_request_waits_for_a_replica_that_loads_beside_a_free_slot(server: Server) -> None:
+    server.launcher.slow.add("a")
+    asking = [asyncio.create_task(server.manager.acquire("a")) for _ in range(3)]
+    await server.launcher.worker(0)  # It hangs.
+    (await server.launcher.worker(1)).become_ready()
+    await until(lambda: sum(task.done() for task in asking) == 2)
+    (waiting,) = (task for task in asking if not task.done())
+    leases = [task.result() for task in asking if task is not waiting]
+    assert of_worker(leases) == [2]
+    leases[0].release()
+    assert (await asyncio.wait_for(waiting, 5)).worker.pid == 1001
+
+
+async def test_a_replica_whose_requests_were_taken_over_comes_up_all_the_same(server: Server) -> None:
+    await loads(server.manager, "b", runtime_options=replicas(2))
+    held = [await server.manager.acquire("b") for _ in range(2)]
+    leases = await acquire(server, 4)
+    assert of_worker(leases) == [4], "there was room for one"
+    for lease in held:
+        lease.release()
+    await until(lambda: is_whole(server))
+
+
 async def test_a_load_fails_with_the_first_failure_and_what_came_up_serves(server: Server) -> None:
     server.launcher.slow.add("a")
     loading = asyncio.create_task(loads(server.manager, "a"))
@@ -157,6 +180,18 @@ async def test_replicas_that_do_not_fit_beside_each_other_are_refused_at_once() 
         assert "\0" not in f"{caught.value.message}{caught.value.metadata}"
         model = await now(server)
         assert (model.state, pids(model)) == (model_pb2.MODEL_STATE_LOADED, [1000])
+
+
+async def test_a_replica_that_found_no_room_is_not_tried_again_for_every_request() -> None:
+    server = Server("a", models_max=1)
+    configured(server, 2)
+    async with server:
+        with pytest.raises(PaddockError, match="does not fit beside"):
+            await loads(server.manager, "a")
+        before = server.manager.listing().revision
+        await acquire(server, 6)
+        await server.manager.pin(pb.PinRequest(model="a", unpin=True))  # By now all has been read.
+        assert server.manager.listing().revision == before, "no replica has tried to load"
 
 
 async def test_an_evicted_replica_comes_back_when_the_others_are_full(server: Server) -> None:
@@ -217,7 +252,7 @@ async def test_unload_and_sleep_mean_all_replicas(server: Server) -> None:
     assert slept.model.state == model_pb2.MODEL_STATE_SLEEPING
     assert [worker.sleep_count for worker in server.launcher.workers] == [1, 1]
     leases = await acquire(server, 2)
-    assert of_worker(leases) == [1, 1]
+    assert sum(of_worker(leases)) == 2
     request = pb.UnloadRequest(model="a", mode=pb.UNLOAD_MODE_FORCE)
     unloaded = await server.manager.unload(request)
     assert unloaded.aborted_request_count == 2
@@ -283,3 +318,22 @@ async def test_the_number_of_replicas_outlives_the_server(tmp_path: Any) -> None
             if not (tmp_path / "loads.json").exists():
                 await loads(server.manager, "a", runtime_options=replicas(2))
             await until(lambda: len(models_of(server.manager)[0].workers) == 2)
+
+
+async def test_a_replica_that_a_reload_adds_as_the_server_stops_is_stopped_too() -> None:
+    server = Server("a")
+    configured(server, 1)
+    await server.manager.start()
+    await loads(server.manager, "a")
+    configured(server, 2)
+    await server.manager.reload()
+    async with asyncio.timeout(5):
+        await server.manager.stop(drain_seconds=0)
+    assert all(worker.exited.done() for worker in server.launcher.workers)
+
+
+async def test_who_pins_a_model_that_goes_in_this_moment_is_answered(server: Server) -> None:
+    del server.catalog.entries["a"]
+    await server.manager.reload()
+    pinning = server.manager.pin(pb.PinRequest(model="a"))
+    assert (await pinning).model.id == "a"

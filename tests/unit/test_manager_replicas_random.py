@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,10 @@ from paddock.errors import PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.catalog import ModelSetup
+from paddock_server.manager import registry
 from paddock_server.supervisor import RestartPolicy
 from tests.listing import models_of
-from tests.unit.manager_fakes import Server, entry, until
+from tests.unit.manager_fakes import Server, entry, scan, until
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from paddock_server.manager import Lease
 
 BOUND_SECONDS = 20.0
+PLACES = 3
 counts = st.integers(1, 3)
 pick = st.integers(0, 7)
 steps = st.one_of(
@@ -40,6 +43,9 @@ steps = st.one_of(
     st.tuples(st.just("sleep")),
     st.tuples(st.just("reload"), counts),
     st.tuples(st.just("slow"), st.booleans()),
+    st.tuples(st.just("pin"), st.booleans()),
+    st.tuples(st.just("gone"), st.booleans()),
+    st.tuples(st.just("back"), counts),
     st.tuples(st.just("turn"), st.integers(1, 30)),
 )
 
@@ -99,12 +105,30 @@ class Run:
             case "reload":
                 self.configure(how[0])
                 await manager.reload()
+            case "pin":
+                self.begin(manager.pin(pb.PinRequest(model="a", unpin=how[0])))
+            case "gone":
+                self.server.catalog.entries.pop("a", None)
+                await (manager.reload() if how[0] else scan(manager))
+            case "back":
+                self.configure(how[0])
+                await scan(manager)
             case "slow":
                 self.server.launcher.slow = {"a"} if how[0] else set()
             case "turn":
                 for _ in range(int(how[0])):
                     await asyncio.sleep(0)
             case _:
+                pass
+
+    async def load_all_places(self) -> None:
+        """Load `b` in every place there is: none of them is held by nobody."""
+        options = model_pb2.RuntimeOptions(replica_count=PLACES)
+        request = pb.LoadRequest(
+            model="b", runtime_options=options, conflict_policy=pb.LOAD_CONFLICT_POLICY_RELOAD
+        )
+        async with aclosing(self.server.manager.subscribe_load(request)) as stream:
+            async for _ in stream:
                 pass
 
     async def finish(self) -> None:
@@ -130,8 +154,12 @@ class Run:
         errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
         assert all(isinstance(error, PaddockError) for error in errors), errors
         assert not any("\0" in str(error) for error in errors)
+        self.configure(2)
+        await manager.reload()
+        await manager.pin(pb.PinRequest(model="a", unpin=True))
         await manager.unload(pb.UnloadRequest(model="a"))
         await until(lambda: not any(model.lease_count for model in models_of(manager)))
+        await asyncio.wait_for(self.load_all_places(), BOUND_SECONDS)
         helping.cancel()
         model = models_of(manager)[0]
         assert (model.state, model.waiting_request_count) == (model_pb2.MODEL_STATE_UNLOADED, 0)
@@ -140,7 +168,7 @@ class Run:
 
 async def run(initial: int, taken: list[tuple[Any, ...]]) -> None:
     policy = RestartPolicy(max_crash_count=2, max_delay_seconds=0.01)
-    server = Server("a", "b", models_max=3, patience_seconds=0.01, restart=policy, load_restart=policy)
+    server = Server("a", "b", models_max=PLACES, patience_seconds=0.01, restart=policy, load_restart=policy)
     playing = Run(server)
     playing.configure(initial)
     async with server:
@@ -153,4 +181,5 @@ async def run(initial: int, taken: list[tuple[Any, ...]]) -> None:
 @settings(max_examples=150, deadline=None)
 @given(initial=counts, taken=st.lists(steps, min_size=5, max_size=40))
 def test_everyone_is_answered_and_nothing_is_left(initial: int, taken: list[tuple[Any, ...]]) -> None:
-    asyncio.run(run(initial, taken))
+    with patch.object(registry, "SCAN_SECONDS", 0):  # How often unknown models are looked for.
+        asyncio.run(run(initial, taken))

@@ -89,10 +89,11 @@ def test_a_refused_request_is_tried_only_where_there_is_a_chance() -> None:
     assert may_try_another([GOING._replace(retiring=True), AT_REST], {0}), "it was turned out, not refused"
 
 
-def test_requests_leave_a_replica_that_cannot_serve_them_but_not_one_that_loads() -> None:
+def test_requests_leave_a_replica_that_cannot_serve_them_and_one_that_loads_for_a_free_slot() -> None:
     waiting = [one._replace(waiting=1) for one in (RESTARTING, LOADING, DEAD, GOING)]
-    assert left_waiting([*waiting, serving(1)]) == (0, 2, 3)
-    assert left_waiting([LOADING._replace(waiting=1, retiring=True), serving(1)]) == (0,)
+    assert left_waiting([*waiting, serving(4)]) == (0, 2, 3)
+    assert left_waiting([*waiting, serving(3)]) == (0, 1, 2, 3)
+    assert left_waiting([LOADING._replace(waiting=1, retiring=True), serving(4)]) == (0,)
     assert left_waiting([*waiting, LOADING]) == (), "nobody else serves either"
 
 

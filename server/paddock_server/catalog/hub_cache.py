@@ -3,6 +3,7 @@
     models--ORG--REPO/blobs/ETAG                        the files, by hash
     models--ORG--REPO/refs/main                         the commit a branch or tag was at
     models--ORG--REPO/snapshots/COMMIT/path/file.gguf   links to the blobs, one tree per commit
+    .locks/models--ORG--REPO/ETAG.lock                  held by whoever fetches a file, or removes it
 
 Only what a snapshot links to is a model: huggingface_hub, llama-server and our own downloads link a file when
 it is complete. Nothing is followed out of the cache.
@@ -66,6 +67,11 @@ class Snapshot:
 def repo_folder(cache_dir: Path, repo_id: str) -> Path:
     """Return the folder of a repository in the cache."""
     return cache_dir / (_REPO_PREFIX + repo_id.replace("/", "--"))
+
+
+def lock_path(cache_dir: Path, folder: Path, digest: str) -> Path:
+    """Return the file whose lock stands for a blob of a repository's folder."""
+    return cache_dir / ".locks" / folder.name / f"{digest}.lock"
 
 
 def snapshots(cache_dir: Path) -> Iterator[Snapshot]:

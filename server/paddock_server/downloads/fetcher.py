@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from paddock_server.downloads.transfer import Place
 
 ResultT = TypeVar("ResultT")
+
+MEMORY_BYTES: Final = 1024 * 1024 * 1024
+"""Memory a fetcher may have. Files pass through in pieces; the bound is for a hub whose list of files has no
+end."""
 
 ADVANCE_SECONDS: Final = 0.25
 """Least time between two messages about progress."""
@@ -124,10 +129,6 @@ class Fetch:
         with transfer.disk_errors(self._hub.cache_dir):
             if not cached:
                 self._fetch(listing, files, place, total)
-            # The first shard last: from then on it is a model.
-            for file in reversed(files):
-                if not place.is_linked(file, listing.commit):
-                    place.link(file, listing.commit)
             if self._ref.revision != listing.commit:
                 place.set_ref(self._ref.revision, listing.commit)
         self._send(Done(cached))
@@ -180,6 +181,11 @@ class Fetch:
                 if not place.is_whole(file):  # two names of one content
                     transfer.verify(file, place, reporter.add)
             reporter.tell()
+            # Before the locks go: what no link leads to may be removed. The first shard last: from then on
+            # it is a model.
+            for file in reversed(files):
+                if not place.is_linked(file, listing.commit):
+                    place.link(file, listing.commit)
 
     def _fetch_file(self, commit: str, file: RepoFile, place: Place) -> None:
         from paddock_server.downloads import transfer
@@ -268,6 +274,7 @@ def main() -> NoReturn:
     parser.add_argument("--resumed", action="store_true", help="the hub has been reached for it before")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
+    _limit_memory()
     # Plain HTTP resumes at any byte and works with every endpoint; xet needs the hub's own.
     os.environ["HF_HUB_DISABLE_XET"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -282,6 +289,12 @@ def main() -> NoReturn:
         message = f"The hub's cache cannot be written: {error.strerror} ({error.filename})."
         _send(failed(make_error(Reason.INTERNAL, message, metadata={"path": str(error.filename)})))
     sys.exit(0)
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _send(message: Message) -> None:

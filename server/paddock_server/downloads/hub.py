@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 _MAX_FILES: Final = 100_000
+_MAX_NAME_BYTES: Final = 255
+"""What disks take for one part of a path."""
 _ERROR_NUMBER: Final = re.compile(r"^\[Errno -?\d+\] ")
 
 
@@ -162,7 +164,7 @@ class Hub:
             raise UnreachableError(self._failed(error)) from error
         except httpx2.RequestError as error:
             raise TransientError(self._failed(error)) from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError, MemoryError) as error:
             raise self._unusable(ref, f"its answer cannot be read ({type(error).__name__})") from error
 
     def _failed(self, error: httpx2.RequestError) -> str:
@@ -212,7 +214,9 @@ def _error(reason: Reason, message: str, ref: HubRef, **metadata: str) -> Paddoc
 
 def _is_inside(path: str) -> bool:
     pure = PurePosixPath(path)
-    return bool(pure.parts) and path.isprintable() and not pure.is_absolute() and ".." not in pure.parts
+    if not pure.parts or not path.isprintable() or pure.is_absolute() or ".." in pure.parts:
+        return False
+    return all(len(part.encode()) <= _MAX_NAME_BYTES for part in pure.parts)
 
 
 def _seconds(header: str | None) -> float | None:

@@ -1,4 +1,5 @@
-"""Removing files from the hub's cache: only what nothing else uses. Blocking; called in threads.
+"""Removing files from the hub's cache: only what nothing else uses, and nobody fetches or is about to link.
+Blocking; called in threads.
 
 What is to be removed is written down first, in a small file in the repository's folder, so that a removal
 that was cut short is finished by the next server instead of leaving gigabytes that nothing leads to.
@@ -6,14 +7,16 @@ that was cut short is finished by the next server instead of leaving gigabytes t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from paddock_server.catalog.hub_cache import blob_of, linked_paths, repo_folder
+from paddock_server.catalog.hub_cache import blob_of, linked_paths, lock_path, repo_folder
 
 NOTE_PREFIX: Final = ".paddock-removal-"
 MAX_NOTE_BYTES: Final = 1024 * 1024
@@ -99,18 +102,41 @@ def _remove(cache_dir: Path, folder: Path, links: Iterable[Path], blobs: set[Pat
 def remove_partial(cache_dir: Path, repo_id: str, digests: Iterable[str]) -> int:
     """Remove what has arrived of files that no snapshot links to. Returns bytes freed."""
     folder = repo_folder(cache_dir, repo_id)
-    names = set(digests)
-    freed = sum(_unlink(folder / "blobs" / f"{name}.incomplete") for name in names)
-    return freed + _remove_unused(cache_dir, folder, {folder / "blobs" / name for name in names})
+    blobs = {folder / "blobs" / digest for digest in digests}
+    return _remove_unused(cache_dir, folder, blobs, partial_too=True)
 
 
-def _remove_unused(cache_dir: Path, folder: Path, blobs: set[Path]) -> int:
-    used = {
-        blob
-        for link in linked_paths(folder)
-        if (blob := blob_of(link, folder / "blobs", cache_dir)) is not None
-    }
-    return sum(_unlink(blob) for blob in blobs - used)
+def _remove_unused(cache_dir: Path, folder: Path, blobs: set[Path], *, partial_too: bool = False) -> int:
+    with ExitStack() as locks:
+        # A fetcher, of this server or another, holds the locks of all its files until it has linked them.
+        free = {blob for blob in blobs if locks.enter_context(_locked(cache_dir, folder, blob.name))}
+        used = {
+            blob
+            for link in linked_paths(folder)
+            if (blob := blob_of(link, folder / "blobs", cache_dir)) is not None
+        }
+        partial = {blob.with_name(f"{blob.name}.incomplete") for blob in free} if partial_too else set[Path]()
+        return sum(_unlink(path) for path in (free - used) | partial)
+
+
+@contextmanager
+def _locked(cache_dir: Path, folder: Path, digest: str) -> Generator[bool]:
+    """Hold the lock of a blob; False when somebody else does."""
+    path = lock_path(cache_dir, folder, digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        yield True  # There is no lock and none can be made: on a full disk it is removed all the same.
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _unlink(path: Path) -> int:

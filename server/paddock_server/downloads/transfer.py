@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from paddock.errors import Reason, make_error
 from paddock.sizes import size_text
-from paddock_server.catalog.hub_cache import repo_folder
+from paddock_server.catalog.hub_cache import lock_path, repo_folder
 from paddock_server.downloads.hub import RepoFile, TransientError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Place:
     @contextmanager
     def locked(self, file: RepoFile, waiting: Callable[[], None]) -> Generator[None]:
         """Hold the file's lock; `waiting` is called again and again until it is ours."""
-        path = self.cache_dir / ".locks" / self.folder.name / f"{file.digest}.lock"
+        path = lock_path(self.cache_dir, self.folder, file.digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

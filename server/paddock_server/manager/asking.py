@@ -229,7 +229,8 @@ def caller_left(turn: Turn, event: CallerLeft) -> None:
     if event.caller not in state.waiters:
         return
     turn.set(waiters=tuple(caller for caller in state.waiters if caller != event.caller))
-    demand_gone(turn)
+    if not event.moved:
+        demand_gone(turn)
 
 
 def demand_gone(turn: Turn, event: DemandGone | None = None) -> None:

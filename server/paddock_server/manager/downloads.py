@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -26,6 +26,7 @@ from paddock_server.downloads.removal import remove_partial
 from paddock_server.downloads.store import DownloadStore, Unfinished
 from paddock_server.manager import failure as failures
 from paddock_server.manager.progress import LoadView, Subscription
+from paddock_server.manager.unattended import Unattended
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,6 +199,7 @@ class Downloads:
         self._gone = gone
         self._jobs: dict[HubRef, Job] = {}
         self._places = asyncio.Semaphore(RUNNING_MAX)
+        self._stops = Unattended()
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -220,6 +222,7 @@ class Downloads:
         """Stop every download where it is; the next server goes on with them."""
         self._closing = True
         await asyncio.gather(*(self._halt(job) for job in self._jobs.values()))
+        await self._stops.ended(STOP_SECONDS)
         for job in self._jobs.values():
             job.view.fail(failures.shutting_down())
         self._store.close()
@@ -271,7 +274,13 @@ class Downloads:
                 raise job.failure.error()
 
     async def halt(self, job: Job, *, keep: bool) -> int:
-        """Pause a download, or cancel it and remove what has arrived. Returns bytes freed."""
+        """Pause a download, or cancel it and remove what has arrived. Returns bytes freed.
+
+        Cancelling leaves: whoever follows the download is told of its end all the same.
+        """
+        return await self._stops.run(self._stopped(job, keep=keep), f"stop-{job.id}")
+
+    async def _stopped(self, job: Job, *, keep: bool) -> int:
         async with job.stopping:
             await self._halt(job)
             if self._jobs.get(job.ref) is not job:
@@ -284,22 +293,29 @@ class Downloads:
                 self._remember()
                 self._changed(job)
             else:
-                freed = await self._remove_partial(job)
+                arrived = job.resolved.digests if job.resolved is not None else ()
+                freed = await self._remove_partial(job, arrived)
                 self._forget(job)
             await self._store.caught_up()
             return freed
 
-    async def _remove_partial(self, job: Job) -> int:
-        if job.resolved is None:
-            return 0
+    async def _remove_partial(self, job: Job, digests: Iterable[str]) -> int:
+        """Remove what has arrived of files that no other download is about. Returns bytes freed."""
         shared = {
             digest
             for other in self._jobs.values()
             if other is not job and other.resolved is not None
             for digest in other.resolved.digests
         }
-        digests = set(job.resolved.digests) - shared
-        return await asyncio.to_thread(remove_partial, self._cache_dir, job.ref.repo_id, digests)
+        unshared = set(digests) - shared
+        return await asyncio.to_thread(remove_partial, self._cache_dir, job.ref.repo_id, unshared)
+
+    async def _remove_stale(self, job: Job, digests: Iterable[str]) -> None:
+        """Remove what has arrived of files that the name does not mean any more. Nobody fetches on."""
+        try:
+            await self._remove_partial(job, digests)
+        except OSError as error:
+            log.warning("stale_files_not_removed", model=job.id, error=str(error))
 
     async def _halt(self, job: Job) -> None:
         task, job.task = job.task, None
@@ -374,8 +390,11 @@ class Downloads:
                 pass  # what `run` returns
 
     def _on_resolved(self, job: Job, message: Resolved) -> None:
-        old_id = job.id
+        old_id, old = job.id, job.resolved
         job.resolved = message
+        stale = set(old.digests).difference(message.digests) if old is not None else set[str]()
+        if stale:
+            self._stops.begin(self._remove_stale(job, stale), f"remove-stale-{job.id}")
         if job.id != old_id:
             self._gone(job, old_id)
         if job.view.stage == pb.STAGE_RESOLVE:

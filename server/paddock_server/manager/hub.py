@@ -17,9 +17,10 @@ from paddock.v1 import model_pb2
 from paddock_server.catalog import CatalogError, HubNameError, HubRef, hub_ref, parse_hub_name
 from paddock_server.catalog.hub_names import HUB_PREFIX, NoSuchFileError, choose_model
 from paddock_server.downloads.process import FetcherLauncher
-from paddock_server.downloads.removal import finish_removals, remove_model
+from paddock_server.downloads.removal import finish_removals
 from paddock_server.manager import failure as failures
-from paddock_server.manager.downloads import Asking, Downloads, Job, artifact_state
+from paddock_server.manager.deletion import Deletions, is_local
+from paddock_server.manager.downloads import STOP_SECONDS, Asking, Downloads, Job, artifact_state
 from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.replica_set import ReplicaSet
@@ -87,6 +88,7 @@ class HubModels:
                 changed=self._changed,
                 gone=self._gone,
             )
+        self._deletions = Deletions(tools, self._downloads, self._rescan)
 
     async def finish_removals(self) -> None:
         """Finish deletions that a server before this one was killed in; before the catalog is read."""
@@ -104,9 +106,10 @@ class HubModels:
             await self._downloads.start(resume=resume)
 
     async def stop(self) -> None:
-        """Stop downloads where they are."""
+        """Stop downloads where they are; deletions end by themselves."""
         if self._downloads is not None:
             await self._downloads.stop()
+        await self._deletions.ended(STOP_SECONDS)
 
     # Names
 
@@ -141,9 +144,11 @@ class HubModels:
         """Return what a request has to download before its model can be loaded; None when nothing.
 
         Raises:
-            PaddockError: as `ref_of`.
+            PaddockError: as `ref_of`; MODEL_NOT_FOUND it is being deleted.
         """
         replicas = self._tools.models.get(self._tools.id_of(model)) if model else None
+        if replicas is not None and replicas.model in self._deletions.going:
+            raise ModelNotFoundError.of(model)
         if replicas is not None and (replicas.entry.absent is None or not replicas.is_at_rest):
             return None
         ref = self.ref_of(model, source)
@@ -195,19 +200,22 @@ class HubModels:
                     subscription.push(event)
         return self._arrived(wanted)
 
-    async def ensure(self, wanted: Wanted, *, may_begin: bool) -> str:
+    async def ensure(self, wanted: Wanted, *, may_begin: bool, waiters_max: int) -> str:
         """Download a model that is not there for a request, and return its id. Cancelling detaches.
 
         With `may_begin` False it only waits for a download that runs.
 
         Raises:
-            PaddockError: MODEL_NOT_LOADED it may not begin a download, and none runs; the download
-                failed, or had been paused: a request resumes nothing that an operator has stopped, and does
-                not repeat what cannot work.
+            PaddockError: QUEUE_FULL so many requests wait for it already; MODEL_NOT_LOADED it may not begin a
+                download, and none runs; the download failed, or had been paused: a request resumes nothing
+                that an operator has stopped, and does not repeat what cannot work.
         """
         job = self._required().find(wanted.ref, wanted.ref.name)
         if not may_begin and (job is None or not job.is_active):
             raise failures.not_downloaded(wanted.name).error()
+        waiting = sum(one.asking is Asking.REQUEST and one.wanted.ref == wanted.ref for one in self._waiting)
+        if waiting >= waiters_max:
+            raise failures.queue_full(wanted.name, waiting).error()
         with self._waiting_for(wanted, Asking.REQUEST) as follower:
             while await follower.next() is not None:
                 pass
@@ -271,7 +279,7 @@ class HubModels:
             field = "source"
             raise InvalidFieldError.of(field, "must hold hugging_face: a local file need not be downloaded")
         replicas = self._tools.models.get(self._tools.id_of(request.model)) if request.model else None
-        if not request.HasField("source") and replicas is not None and _is_local(replicas.entry):
+        if not request.HasField("source") and replicas is not None and is_local(replicas.entry):
             field = "model"
             raise InvalidFieldError.of(field, f"{request.model!r} is a file in a model directory already")
         ref = self.ref_of(request.model, request.source if request.HasField("source") else None)
@@ -376,7 +384,7 @@ class HubModels:
         return [replicas for replicas in self._tools.models.values() if _is_of(replicas.entry, job)]
 
     def _job_of(self, entry: CatalogEntry) -> Job | None:
-        if self._downloads is None or _is_local(entry):
+        if self._downloads is None or is_local(entry):
             return None
         return next((job for job in self._downloads.jobs() if _is_of(entry, job)), None)
 
@@ -393,7 +401,7 @@ class HubModels:
         """Return the models, by id, of which there is a download and nothing else."""
         jobs = self._downloads.jobs() if self._downloads is not None else ()
         entries = [replicas.entry for replicas in self._tools.models.values()] if jobs else []
-        of_hub = [entry for entry in entries if not _is_local(entry)]
+        of_hub = [entry for entry in entries if not is_local(entry)]
         return {job.id: job.to_model() for job in jobs if not any(_is_of(entry, job) for entry in of_hub)}
 
     def pending(self, name: str) -> model_pb2.Model | None:
@@ -401,67 +409,9 @@ class HubModels:
         job = self._job(name)
         return job.to_model() if job is not None else None
 
-    # Deletion
-
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
-        """Delete a model's files, apart from those that another revision uses, and forget its download.
-
-        Raises:
-            PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
-        """
-        model = self._tools.id_of(request.model)
-        replicas = self._tools.models.get(model)
-        job = self._job_named(request.model)
-        if replicas is not None and _is_local(replicas.entry):
-            field = "model"
-            raise InvalidFieldError.of(
-                field,
-                f"{model!r} is a file in a model directory, which the server only reads; remove it there",
-            )
-        if replicas is None and job is None and not request.allow_missing:
-            raise ModelNotFoundError.of(request.model)
-        for sharing in self._sharing(replicas):
-            if not sharing.is_at_rest:
-                why = f"{sharing.model!r} has a worker; unload it first"
-                raise failures.not_deleted(model, why).error()
-        if job is not None and job.is_active:
-            raise failures.not_deleted(job.id, "a download of it runs; stop that first").error()
-        freed = 0
-        if job is not None:
-            freed += await self._required().halt(job, keep=False)
-        if replicas is not None:
-            freed += await asyncio.to_thread(self._remove, replicas.entry)
-            await self._rescan()
-            # It goes, or stays as a model that is to be downloaded when a configuration file names it.
-            await replicas.caught_up()
-            log.info("model_deleted", model=model, freed_bytes=freed)
-        return pb.DeleteResponse(freed_bytes=freed)
-
-    def _sharing(self, replicas: ReplicaSet | None) -> list[ReplicaSet]:
-        """Return the models whose workers have the files of one open, itself among them."""
-        if replicas is None:
-            return []
-        return [one for one in self._tools.models.values() if one.entry.path == replicas.entry.path]
-
-    def _remove(self, entry: CatalogEntry) -> int:
-        """Remove the files of a model. Runs in a thread."""
-        if entry.hub is None or self._tools.cache_dir is None:
-            return 0
-        others = [
-            replicas.entry
-            for replicas in list(self._tools.models.values())
-            if replicas.entry.hub is not None
-            and replicas.entry.hub.commit == entry.hub.commit
-            and replicas.entry.id != entry.id
-        ]
-        links = list(entry.shard_paths)
-        if entry.mmproj_path is not None and all(other.mmproj_path != entry.mmproj_path for other in others):
-            links.append(entry.mmproj_path)
-        return remove_model(self._tools.cache_dir, entry.hub.repo_id, links)
-
-
-def _is_local(entry: CatalogEntry) -> bool:
-    return entry.hub is None and entry.absent is None
+        """See `Deletions.delete`."""
+        return await self._deletions.delete(request, self._job_named(request.model))
 
 
 def _is_of(entry: CatalogEntry, job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -25,7 +26,7 @@ from paddock_server.manager.pending import PendingLoads
 from paddock_server.manager.prediction import NoPrediction, are_slots_set
 from paddock_server.manager.progress import Subscription
 from paddock_server.manager.registry import Registry, RegistryTools, file_of
-from paddock_server.manager.replica_set import ReplicaSet, SetTools
+from paddock_server.manager.replica_set import ReplicaSet
 from paddock_server.manager.replicas import shown_name
 from paddock_server.manager.residency import Residency
 from paddock_server.manager.snapshot import Listing, logs_response
@@ -33,10 +34,10 @@ from paddock_server.manager.sources import entry_problem
 from paddock_server.manager.startup import Startup
 from paddock_server.manager.state import Limits
 from paddock_server.manager.tasks import Tasks
-from paddock_server.manager.tools import Rules, Tools
+from paddock_server.manager.tools import Rules, SetTools, Tools
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -347,13 +348,28 @@ class ModelManager:
         if wanted is not None:
             if not allowed:
                 raise failures.model_not_loaded(model).error()
-            model = await self.hub.ensure(wanted, may_begin=self.config.autoload_downloads)
+            with self._one_more_waits(model):
+                model = await self.hub.ensure(
+                    wanted,
+                    may_begin=self.config.autoload_downloads,
+                    waiters_max=self.config.queue_limit,
+                )
         replicas = await self._registry.find_to_load(model)
-        if not replicas.serves and self._waiting >= self.config.waiting_requests_max:
+        with self._one_more_waits(model, unless=replicas.serves):
+            return await replicas.acquire(keep_alive_seconds, autoload=allowed)
+
+    @contextlib.contextmanager
+    def _one_more_waits(self, model: str, *, unless: bool = False) -> Generator[None]:
+        """Count a request that waits for a model, or for its download, among those of all models.
+
+        Raises:
+            PaddockError: QUEUE_FULL, as many as may do already; not with `unless`.
+        """
+        if not unless and self._waiting >= self.config.waiting_requests_max:
             raise failures.too_many_requests_wait(model, self._waiting).error()
         self._waiting += 1
         try:
-            return await replicas.acquire(keep_alive_seconds, autoload=allowed)
+            yield
         finally:
             self._waiting -= 1
 

@@ -84,6 +84,8 @@ class CallerLeft:
     """A request that asked for a lease does not want it any more."""
 
     caller: Caller
+    moved: bool = False
+    """Whether it waits at another replica instead: then there is demand for this one still."""
 
 
 @dataclass(frozen=True, slots=True)

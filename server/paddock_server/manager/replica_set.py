@@ -7,18 +7,16 @@ everything is told to its actor and nothing else happens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from paddock.errors import PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from paddock_server.catalog import CatalogEntry
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound
 from paddock_server.manager.asking import autoload as autoload_of
-from paddock_server.manager.events import ChangeLog
 from paddock_server.manager.messages import (
     AcquireAsked,
     CallerLeft,
@@ -31,11 +29,11 @@ from paddock_server.manager.messages import (
     TermsSet,
     UnloadAsked,
 )
-from paddock_server.manager.options import Wish
 from paddock_server.manager.progress import Subscription, nobody
 from paddock_server.manager.replicas import (
     ReplicaView,
     is_about_one,
+    is_held_off,
     left_waiting,
     may_try_another,
     merged,
@@ -46,50 +44,18 @@ from paddock_server.manager.replicas import (
 )
 from paddock_server.manager.snapshot import public_state
 from paddock_server.manager.state import AT_REST, NEVER, UNUSED, ActorState, Phase
-from paddock_server.manager.tools import Tools
 from paddock_server.supervisor import LogRing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from paddock_server.catalog import CatalogEntry
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.messages import Event
-    from paddock_server.manager.options import Terms
+    from paddock_server.manager.options import Terms, Wish
+    from paddock_server.manager.tools import SetTools
 
     Response = TypeVar("Response")
-
-
-@dataclass(frozen=True, slots=True)
-class SetTools:
-    """What a set works with. Shared by all of them."""
-
-    tools_of: Callable[[str], Tools]
-    """Makes the tools of a replica's actor, by the id of the replica."""
-
-    changes: ChangeLog
-    new_state: Callable[[CatalogEntry], ActorState]
-    """Makes the state of a new replica."""
-
-    started: Callable[[str, Actor], None]
-    """Runs a new actor, under the id of its replica."""
-
-    ended: Callable[[str], None]
-    """Called when a replica is gone for good."""
-
-    vanished: Callable[[str], None]
-    """Called when a model is gone for good, all replicas of it."""
-
-    expect: Callable[[str, Wish], None]
-    """Keeps over a restart that an operator's load is on its way."""
-
-    remember: Callable[[str, Wish | None], None]
-    """Keeps an operator's load over a restart, or forgets it."""
-
-    completed: Callable[[model_pb2.Model, CatalogEntry], model_pb2.Model]
-    """Adds to a model as it is shown what is known of a download of it."""
-
-    task: Callable[[Coroutine[Any, Any, None], str], object]
-    """Runs something to its end beside the caller."""
 
 
 class Home:
@@ -139,6 +105,8 @@ class ReplicaSet:
         self._retiring: set[Actor] = set()
         self._seats: dict[Acquiring, Actor] = {}
         self._shown_state: model_pb2.ModelState.ValueType = model_pb2.MODEL_STATE_UNSPECIFIED
+        self._last = model_pb2.Model(id=entry.id)
+        self._closing: CloseAsked | None = None
         first = self._add(entry)
         self._resize(first.state.defaults.replica_count)
         self.show()
@@ -206,7 +174,9 @@ class ReplicaSet:
         return state_of([public_state(actor.state) for actor in self._actors.values()])
 
     def snapshot(self) -> model_pb2.Model:
-        """Return the model as the world sees it now."""
+        """Return the model as the world sees it now; once it is gone, as it was last."""
+        if not self._actors:
+            return self._last
         in_order = sorted(self._actors.values(), key=lambda actor: actor in self._retiring)
         return merged([actor.snapshot() for actor in in_order])
 
@@ -228,6 +198,7 @@ class ReplicaSet:
 
     def forget(self, replica: str) -> None:
         """A replica is gone for good; with the last one, the model is."""
+        self._last = self.snapshot()
         self._retiring.discard(self._actors.pop(replica))
         self._tools.ended(replica)
         if self._actors:
@@ -245,6 +216,8 @@ class ReplicaSet:
         actor = Actor(entry, self._tools.new_state(entry), self._tools.tools_of(replica), home, self.log_ring)
         self._actors[replica] = actor
         self._tools.started(replica, actor)
+        if self._closing is not None:
+            actor.tell(self._closing)
         return actor
 
     def _resize(self, count: int) -> list[Actor]:
@@ -320,9 +293,12 @@ class ReplicaSet:
             for caller in actors[place].state.waiters:
                 if not isinstance(caller, Acquiring) or self._seats.get(caller) is not actors[place]:
                     continue  # It has been moved already, or has just gone.
-                target = actors[route(self._views(actors)).replica]
+                views = self._views(actors)
+                if place not in left_waiting(views):
+                    break  # The last free slot has been taken.
+                target = actors[route(views).replica]
                 self._seats[caller] = target
-                actors[place].tell(CallerLeft(caller))
+                actors[place].tell(CallerLeft(caller, moved=True))
                 target.tell(AcquireAsked(caller, autoload=True))
 
     def _views(self, actors: Sequence[Actor]) -> list[ReplicaView]:
@@ -335,7 +311,7 @@ class ReplicaSet:
                 actor.serves,
                 actor.demand,
                 (actor.state.effective or actor.state.options).slot_count,
-                actor.state.refusal(now) is not None,
+                is_held_off(actor.state, now),
                 len(actor.state.waiters),
                 actor in self._retiring,
             )
@@ -414,7 +390,7 @@ class ReplicaSet:
         if alone:
             return responses[0]
         aborted = sum(response.aborted_request_count for response in responses)
-        return pb.UnloadResponse(model=self._last_snapshot(responses[0].model), aborted_request_count=aborted)
+        return pb.UnloadResponse(model=self.snapshot(), aborted_request_count=aborted)
 
     async def sleep(self) -> pb.SleepResponse:
         """Have all replicas give their memory back; returns when they have.
@@ -430,11 +406,7 @@ class ReplicaSet:
         responses: list[pb.SleepResponse] = await _answers(awake, SleepAsked)
         if len(actors) == 1:
             return responses[0]
-        return pb.SleepResponse(model=self._last_snapshot(responses[0].model))
-
-    def _last_snapshot(self, known: model_pb2.Model) -> model_pb2.Model:
-        """Return the model as it is now; what is known of it, when it is gone since."""
-        return self.snapshot() if self._actors else known
+        return pb.SleepResponse(model=self.snapshot())
 
     async def set_terms(self, terms: Terms) -> None:
         """Change the terms on which the model stays in memory; returns when all replicas have taken note."""
@@ -452,8 +424,9 @@ class ReplicaSet:
 
     def close(self, drain_seconds: float) -> None:
         """Have all replicas end, as the server stops."""
+        self._closing = CloseAsked(drain_seconds)
         for actor in self.actors:
-            actor.tell(CloseAsked(drain_seconds))
+            actor.tell(self._closing)
 
     async def closed(self) -> None:
         """Wait until no replica has anything left to do."""

@@ -66,6 +66,17 @@ class ReplicaView(NamedTuple):
     """Whether it is one too many, and on its way out."""
 
 
+HELD_OFF_SECONDS: Final = 10.0
+"""Least time from a replica's load that failed to the next one that requests begin while others serve."""
+
+
+def is_held_off(state: ActorState, now: float) -> bool:
+    """Say whether a replica failed so lately that requests do not load it."""
+    return state.refusal(now) is not None or (
+        state.phase is Phase.FAILED and now < state.begun_at + HELD_OFF_SECONDS
+    )
+
+
 class Route(NamedTuple):
     """Where a request goes, by position."""
 
@@ -99,13 +110,18 @@ def may_try_another(replicas: Sequence[ReplicaView], tried: Collection[int]) -> 
 
 
 def left_waiting(replicas: Sequence[ReplicaView]) -> tuple[int, ...]:
-    """Return those whose waiting requests another is to serve: all that do not, but for those that load."""
-    if not any(view.serves and not view.retiring for view in replicas):
+    """Return those whose waiting requests another is to serve: all that do not serve; those that load, only
+    while another one has a free slot."""
+    serving = [view for view in replicas if view.serves and not view.retiring]
+    if not serving:
         return ()
+    has_free_slot = any(view.demand < view.slot_count for view in serving)
     return tuple(
         place
         for place, view in enumerate(replicas)
-        if view.waiting and not view.serves and (view.retiring or view.phase is not Phase.STARTING)
+        if view.waiting
+        and not view.serves
+        and (view.retiring or view.phase is not Phase.STARTING or has_free_slot)
     )
 
 

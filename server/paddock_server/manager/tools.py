@@ -1,23 +1,25 @@
-"""What an actor works with and belongs to."""
+"""What actors, and the sets of a model's replicas, work with and belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from paddock.v1 import model_pb2
+from paddock_server.catalog import CatalogEntry
+from paddock_server.manager.actor import Actor
 from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
+from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.options import Wish
 from paddock_server.manager.prediction import Predictor
 from paddock_server.manager.residency import Holding
 from paddock_server.manager.run import WorkerLauncher
 from paddock_server.manager.state import ActorState, Limits
 
 if TYPE_CHECKING:
-    from paddock.v1 import model_pb2
-    from paddock_server.catalog import CatalogEntry
     from paddock_server.manager.loop import LoopMessage
-    from paddock_server.manager.options import Wish
 
 
 class Home(Protocol):
@@ -78,3 +80,36 @@ class Tools:
     loop: Loop
     held: Callable[[], Holding | None]
     """What it holds of the memory, by the books of the manager loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetTools:
+    """What a set works with. Shared by all of them."""
+
+    tools_of: Callable[[str], Tools]
+    """Makes the tools of a replica's actor, by the id of the replica."""
+
+    changes: ChangeLog
+    new_state: Callable[[CatalogEntry], ActorState]
+    """Makes the state of a new replica."""
+
+    started: Callable[[str, Actor], None]
+    """Runs a new actor, under the id of its replica."""
+
+    ended: Callable[[str], None]
+    """Called when a replica is gone for good."""
+
+    vanished: Callable[[str], None]
+    """Called when a model is gone for good, all replicas of it."""
+
+    expect: Callable[[str, Wish], None]
+    """Keeps over a restart that an operator's load is on its way."""
+
+    remember: Callable[[str, Wish | None], None]
+    """Keeps an operator's load over a restart, or forgets it."""
+
+    completed: Callable[[model_pb2.Model, CatalogEntry], model_pb2.Model]
+    """Adds to a model as it is shown what is known of a download of it."""
+
+    task: Callable[[Coroutine[Any, Any, None], str], object]
+    """Runs something to its end beside the caller."""
