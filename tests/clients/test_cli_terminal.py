@@ -126,29 +126,34 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(server: FakeServer) -> 
         assert run.wait(WAY_OUT_SECONDS) == ExitCode.FAILED
 
 
-def test_a_long_name_does_not_break_a_table(server: FakeServer) -> None:
+def test_a_long_name_is_whole_and_what_has_no_room_beside_it_is_named(server: FakeServer) -> None:
     name = "a-model-with-a-name-that-never-seems-to-come-to-an-end-" * 2 + "q4_k_m"
     server.manager.models = {name: server.manager.models["tiny"]}
     server.manager.models[name].id = name
 
     with terminal(server.target, "ps") as ps:
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in ps.read_to_end().splitlines()]
+        header, line, note = plain_lines(ps.read_to_end())
         assert ps.exit_code() == ExitCode.OK
     with terminal(server.target, "ps", "--wide") as wide:
-        whole = wide.read_to_end()
+        whole = plain_lines(wide.read_to_end())
         assert wide.exit_code() == ExitCode.OK
 
-    assert [len(line.rstrip()) <= 100 for line in lines] == [True, True]
-    assert lines[0].split()[-1] == "RESTARTS"
-    assert re.match(r"a-model\S+…\S+q4_k_m  loaded  47\.7 MiB ", lines[1])
-    assert name in whole
+    assert (header.split(), line.split()) == (["MODEL", "STATE"], [name, "loaded"])
+    assert note.startswith("Left out: MEMORY, REQUESTS, ")
+    assert [text.split()[0] for text in whole] == ["MODEL", name], "a line a model"
+    assert whole[0].endswith("LOADED")
+
+
+def plain_lines(text: str) -> list[str]:
+    """Lines as a person sees them, without colours."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
 
 
 @pytest.mark.parametrize(
     ("command", "columns"),
     [
-        ("ls", ["MODEL", "STATE", "SIZE", "MEMORY", "USED"]),
-        ("ps", ["MODEL", "STATE", "MEMORY", "REQUESTS", "WAITING", "EXPIRES"]),
+        ("ls", ["MODEL", "STATE", "SIZE", "MEMORY"]),
+        ("ps", ["MODEL", "STATE", "MEMORY", "REQUESTS"]),
     ],
 )
 def test_lists_keep_to_a_terminal_of_80_columns_and_show_the_most_telling(
@@ -166,12 +171,11 @@ def test_lists_keep_to_a_terminal_of_80_columns_and_show_the_most_telling(
     busy.last_use_time.FromSeconds(int(time.time()) - 45)
 
     with terminal(server.target, command, COLUMNS="80") as listed:
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in listed.read_to_end().splitlines()]
+        header, line, note = plain_lines(listed.read_to_end())
         assert listed.exit_code() == ExitCode.OK
 
-    header, line = (text.rstrip() for text in lines)
     assert max(len(header), len(line)) <= 80
-    assert header.split()[: len(columns)] == columns
-    assert re.match(r"qwen2\.5\S*…\S*q4_k_m  unloading  ", line)
+    assert header.split() == columns
+    assert line.startswith(f"{name}  unloading  ")
     assert "11.5 GiB releasing" in line
-    assert command == "ls" or line.endswith("64        31 slot  sleeps in 3d")
+    assert note.startswith("Left out: ")

@@ -72,7 +72,7 @@ def estimate(
         return
     others = [other for other in models if model not in {other.id, f"hf:{other.id}", *other.aliases}]
     rows = _rows(found, others)
-    output.show_table(("DEVICE", "FOR", "MEMORY"), rows)
+    output.show_table(("DEVICE", "FOR", "MEMORY"), rows, wide=True)
     chosen = found.options
     count = chosen.replica_count or 1
     note(

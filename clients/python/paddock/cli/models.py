@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from paddock.client import Client
     from paddock.types import LogLine
 
-WideOption = Annotated[bool, typer.Option("--wide", help="All columns and whole names, however wide.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, a line for each model however wide.")]
 
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 """States without a worker."""

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, cast
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -28,8 +28,8 @@ _STATE_STYLES: Final[Mapping[ModelState, str]] = {
 }
 
 
-_LEAST_NAME: Final = 16
-"""Columns a name keeps when the terminal is narrow."""
+_LEAST_COLUMNS: Final = 2
+"""Columns of a table that are shown however narrow the terminal is: a name, and how it is."""
 
 _GAP: Final = 2
 """Between the columns of a table."""
@@ -91,8 +91,12 @@ def as_object(value: DataclassInstance) -> dict[str, object]:
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, wide: bool = False) -> None:
-    """Write a table: no wider than the terminal, unless told otherwise; whole where there is none."""
-    results().print(table(header, rows, width=None if wide else _terminal_width()))
+    """Write a table: on a terminal the columns it has room for, unless told to write all; all elsewhere."""
+    cells = [list(row) for row in rows]
+    count = len(header) if wide else fitting(header, cells, _terminal_width())
+    results().print(table(header[:count], [row[:count] for row in cells]))
+    if count < len(header):
+        note(f"Left out: {', '.join(header[count:])}. `--wide` shows every column.", style="dim")
 
 
 def show_grid(rows: Iterable[tuple[str, str | Text]]) -> None:
@@ -105,30 +109,31 @@ def _terminal_width() -> int | None:
     return Console().width if sys.stdout.isatty() else None
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], *, width: int | None = None) -> Text:
-    """Return a table without lines, as `docker ps` has it, that is no wider than `width`.
+def fitting(header: Sequence[str], rows: Sequence[Sequence[str | Text]], width: int | None) -> int:
+    """Return how many columns a table of at most `width` has; the last are left out first.
 
-    The names in its first column give way first, so that the others stay whole; where that is not enough, the
-    last columns are left out.
+    Names are never cut, since they are what one types next: where even the least columns have no room, the
+    lines are longer than `width`.
     """
-    cells = [list(row) for row in rows]
-    widths = [
-        max(cell_len(str(cell)) for cell in (name, *(row[index] for row in cells)))
+    widths = _widths(header, rows)
+    count = len(header)
+    while width is not None and count > _LEAST_COLUMNS and sum(widths[:count]) + _GAP * (count - 1) > width:
+        count -= 1
+    return count
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Text:
+    """Return a table without lines, as `docker ps` has it; nothing in it is cut."""
+    widths = _widths(header, rows)
+    lines = [_line(row, widths) for row in ([Text(name, style="bold") for name in header], *rows)]
+    return Text("\n").join(lines)
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> list[int]:
+    return [
+        max(cell_len(str(cell)) for cell in (name, *(row[index] for row in rows)))
         for index, name in enumerate(header)
     ]
-    count = len(header)
-    if width is not None:
-        least = min(widths[0], _LEAST_NAME)
-        while count > 2 and least + sum(_GAP + column for column in widths[1:count]) > width:
-            count -= 1
-        room = width - sum(_GAP + column for column in widths[1:count])
-        widths[0] = min(widths[0], max(room, least))
-    body = [(shortened(str(first), widths[0]), *others) for first, *others in cells]
-    lines = [_line(row[:count], widths) for row in ([Text(name, style="bold") for name in header], *body)]
-    for line in lines:
-        if width is not None:
-            line.truncate(width, overflow="ellipsis")
-    return Text("\n").join(lines)
 
 
 def _line(cells: Sequence[str | Text], widths: Sequence[int]) -> Text:
@@ -139,18 +144,6 @@ def _line(cells: Sequence[str | Text], widths: Sequence[int]) -> Text:
         line.append(" " * (width - cell_len(str(cell)) + _GAP))
     line.rstrip()
     return line
-
-
-def shortened(name: str, width: int) -> Text:
-    """Return a name in at most `width` columns. What is left out is its middle: models of a family differ at
-    the end."""
-    if cell_len(name) <= width:
-        return Text(name)
-    head, tail = (width - 1) // 2, width - 1 - (width - 1) // 2
-    start = len(name)
-    while cell_len(name[start - 1 :]) <= tail:
-        start -= 1
-    return Text(set_cell_size(name, head).rstrip() + "…" + name[start:])
 
 
 def grid(rows: Iterable[tuple[str, str | Text]], *, width: int | None = None) -> Text:
