@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 from paddock.cli import daemons, doctor, hub, memory, models, talk, watch
+from paddock.cli.help import PanelGroup
 from paddock.cli.output import note, write
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
 from paddock.errors import PaddockError
@@ -22,6 +23,8 @@ _VERSION_SECONDS: Final = 2.0
 
 app = typer.Typer(
     name="paddock",
+    cls=PanelGroup,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Load, serve and unload language models.",

@@ -40,7 +40,9 @@ PortOption = Annotated[
 ]
 CorsOption = Annotated[
     list[str] | None,
-    typer.Option("--cors-origin", help="Origin of web pages that may read answers. Can be repeated."),
+    typer.Option(
+        "--cors-origin", metavar="ORIGIN", help="Origin of web pages that may read answers. Can be repeated."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", envvar="PADDOCK_CONFIG", metavar="FILE", help="Settings as TOML.")
@@ -58,46 +60,63 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
         Path | None, typer.Option(metavar="FILE", help="llama-server's INI file about models.")
     ],
     "hf_cache": Annotated[
-        bool | None, typer.Option(help="Whether models of the Hugging Face Hub are served and downloaded.")
+        bool | None,
+        typer.Option(help="Whether models of the Hugging Face Hub are served and downloaded. [default: yes]"),
     ],
-    "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
+    "models_max": Annotated[
+        int | None, typer.Option(help="Most models loaded at once; 0: no limit. [default: 4]")
+    ],
     "models_autoload": Annotated[
-        bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")
+        bool | None, typer.Option(help="Whether a request loads a model that is not loaded. [default: yes]")
     ],
     "autoload_downloads": Annotated[
-        bool | None, typer.Option(help="Whether such a request also downloads a model that is not there.")
+        bool | None,
+        typer.Option(help="Whether such a request also downloads a model that is not there. [default: no]"),
     ],
     "ctx_size": Annotated[
         int | None,
-        typer.Option("--ctx-size", "-c", help="Tokens the KV cache of a model holds; 0: as trained."),
+        typer.Option(
+            "--ctx-size", "-c", help="Tokens the KV cache of a model holds; 0: as trained. [default: 8192]"
+        ),
     ],
-    "parallel": Annotated[int | None, typer.Option(help="Sequences a model decodes at once.")],
-    "n_gpu_layers": Annotated[int | None, typer.Option(help="Layers on the accelerator; -1: all.")],
+    "parallel": Annotated[int | None, typer.Option(help="Sequences a model decodes at once. [default: 4]")],
+    "n_gpu_layers": Annotated[
+        int | None, typer.Option(help="Layers on the accelerator; -1: all. [default: -1]")
+    ],
     "threads": Annotated[
-        int | None, typer.Option("--threads", "-t", help="Threads of a worker; 0: one per physical core.")
+        int | None,
+        typer.Option("--threads", "-t", help="Threads of a worker; 0: one per physical core. [default: 0]"),
     ],
     "batch_size": Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Most tokens decoded in one step.")
+        int | None, typer.Option("--batch-size", "-b", help="Most tokens decoded in one step. [default: 512]")
     ],
     "cache_type_k": Annotated[
-        str | None, typer.Option("--cache-type-k", "-ctk", help="Type of the keys in the KV cache.")
+        str | None,
+        typer.Option("--cache-type-k", "-ctk", help="Type of the keys in the KV cache. [default: f16]"),
     ],
     "cache_type_v": Annotated[
-        str | None, typer.Option("--cache-type-v", "-ctv", help="Type of the values in the KV cache.")
+        str | None,
+        typer.Option("--cache-type-v", "-ctv", help="Type of the values in the KV cache. [default: f16]"),
     ],
-    "queue_limit": Annotated[int | None, typer.Option(help="Requests that may wait for one model.")],
+    "queue_limit": Annotated[
+        int | None, typer.Option(help="Requests that may wait for one model. [default: 128]")
+    ],
     "target_step_milliseconds": Annotated[
-        int | None, typer.Option(help="Length of a step while a prompt is taken in beside streams.")
+        int | None,
+        typer.Option(help="Length of a step while a prompt is taken in beside streams. [default: 50]"),
     ],
     "idle_timeout_seconds": Annotated[
-        float | None, typer.Option(help="Unload models after so long without use; 0: never.")
+        float | None, typer.Option(help="Unload models after so long without use; 0: never. [default: 0]")
     ],
     "sleep_idle_seconds": Annotated[
         float | None,
-        typer.Option(help="Have models give their memory back after so long without use; 0: never."),
+        typer.Option(
+            help="Have models give their memory back after so long without use; 0: never. [default: 0]"
+        ),
     ],
     "total_queue_limit": Annotated[
-        int | None, typer.Option(help="Requests that may wait for models to be loaded, over all models.")
+        int | None,
+        typer.Option(help="Requests that may wait for models to be loaded, over all models. [default: 4096]"),
     ],
     "memory_budget": Annotated[
         str | None,
@@ -107,33 +126,50 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
         ),
     ],
     "memory_margin": Annotated[
-        float | None, typer.Option(help="Part of the free memory of each device to leave alone; 0.1.")
+        float | None,
+        typer.Option(help="Part of the free memory of each device to leave alone. [default: 0.1]"),
     ],
     "drain_seconds": Annotated[
-        float | None, typer.Option(help="How long running requests may go on at the end.")
+        float | None, typer.Option(help="How long running requests may go on at the end. [default: 30]")
     ],
-    "grpc_host": Annotated[str | None, typer.Option(help="Address the gRPC server listens on.")],
-    "grpc_port": Annotated[int | None, typer.Option(help="Port of the gRPC server; 0: a free one.")],
-    "reflection": Annotated[bool | None, typer.Option(help="Whether gRPC reflection is on, for grpcurl.")],
-    "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error.")],
-    "log_format": Annotated[str | None, typer.Option(help="auto, json or console.")],
+    "grpc_host": Annotated[
+        str | None, typer.Option(help="Address the gRPC server listens on. [default: 127.0.0.1]")
+    ],
+    "grpc_port": Annotated[
+        int | None, typer.Option(help="Port of the gRPC server; 0: a free one. [default: 50051]")
+    ],
+    "reflection": Annotated[
+        bool | None, typer.Option(help="Whether gRPC reflection is on, for grpcurl. [default: yes]")
+    ],
+    "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")],
+    "log_format": Annotated[str | None, typer.Option(help="auto, json or console. [default: auto]")],
     "state_dir": Annotated[
         str | None, typer.Option(metavar="DIRECTORY", help="Where loads are remembered; '' turns it off.")
     ],
     "restore": Annotated[
-        bool | None, typer.Option(help="Whether remembered loads and downloads are taken up at the start.")
+        bool | None,
+        typer.Option(help="Whether remembered loads and downloads are taken up at the start. [default: yes]"),
     ],
 }
 """The fields of `ServerConfig` as flags. What was not typed is None and leaves the field to the environment,
-to the configuration file and to the default; ranges are checked there, for all of them alike."""
+to the configuration file and to the default; ranges are checked there, for all of them alike. The defaults
+are told in the help, and not read from `ServerConfig`: the client alone has no server to read them from."""
 
 
 HTTP_FLAGS: Final[Mapping[str, Any]] = {
-    "host": Annotated[str | None, typer.Option(help="Address the HTTP server listens on.")],
-    "port": Annotated[int | None, typer.Option(help="Port of the HTTP server; 0: a free one.")],
+    "host": Annotated[
+        str | None, typer.Option(help="Address the HTTP server listens on. [default: 127.0.0.1]")
+    ],
+    "port": Annotated[
+        int | None, typer.Option(help="Port of the HTTP server; 0: a free one. [default: 8080]")
+    ],
     "cors_origins": Annotated[
         list[str] | None,
-        typer.Option("--cors-origin", help="Origin of web pages that may read answers. Can be repeated."),
+        typer.Option(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Origin of web pages that may read answers. Can be repeated.",
+        ),
     ],
 }
 """The fields of `ServerConfig` that are about `up` alone."""
