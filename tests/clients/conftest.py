@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.clients.fake_server import FakeServer, running_server
+from tests.clients.invoke import Paddock, paddock_on
 
 
 @pytest.fixture
@@ -12,3 +13,9 @@ def server() -> Iterator[FakeServer]:
     """A server with a small `ModelManager` in memory."""
     with running_server() as running:
         yield running
+
+
+@pytest.fixture
+def paddock(server: FakeServer) -> Paddock:
+    """The command line, on that server."""
+    return paddock_on(server.target)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from paddock.cli.app import app
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import download_text
 from paddock.cli.progress import Meter
@@ -21,19 +18,12 @@ from tests.clients.terminal import terminal
 
 if TYPE_CHECKING:
     from tests.clients.fake_server import FakeServer
+    from tests.clients.invoke import Paddock
 
 NAME = "hf:org/repo:Q4_K_M"
 
 
-@pytest.fixture
-def paddock(server: FakeServer) -> Callable[..., Result]:
-    environment = {"PADDOCK_SERVER": server.target, "COLUMNS": "100"}
-    return lambda *arguments: CliRunner(env=environment).invoke(app, arguments)
-
-
-def test_pull_shows_how_far_it_is_and_what_is_there_then(
-    paddock: Callable[..., Result], server: FakeServer
-) -> None:
+def test_pull_shows_how_far_it_is_and_what_is_there_then(paddock: Paddock, server: FakeServer) -> None:
     result = paddock("pull", NAME)
 
     assert result.exit_code == ExitCode.OK
@@ -43,7 +33,7 @@ def test_pull_shows_how_far_it_is_and_what_is_there_then(
     assert server.manager.requests("Download") == [pb.DownloadRequest(model=NAME)]
 
 
-def test_pull_as_json_writes_one_event_a_line(paddock: Callable[..., Result]) -> None:
+def test_pull_as_json_writes_one_event_a_line(paddock: Paddock) -> None:
     events = [json.loads(line) for line in paddock("pull", NAME, "--json").stdout.splitlines()]
 
     assert [event["event"] for event in events] == ["progress", "progress", "downloaded"]
@@ -59,7 +49,7 @@ def test_pull_as_json_writes_one_event_a_line(paddock: Callable[..., Result]) ->
     ],
 )
 def test_pull_can_stop_a_download(
-    paddock: Callable[..., Result],
+    paddock: Paddock,
     server: FakeServer,
     flag: str,
     mode: pb.StopDownloadMode.ValueType,
@@ -72,7 +62,7 @@ def test_pull_can_stop_a_download(
     assert server.manager.requests("StopDownload") == [pb.StopDownloadRequest(model=NAME, mode=mode)]
 
 
-def test_pause_and_cancel_exclude_each_other(paddock: Callable[..., Result]) -> None:
+def test_pause_and_cancel_exclude_each_other(paddock: Paddock) -> None:
     assert paddock("pull", NAME, "--pause", "--cancel").exit_code == ExitCode.USAGE
 
 
@@ -86,7 +76,7 @@ def test_pause_and_cancel_exclude_each_other(paddock: Callable[..., Result]) -> 
     ],
 )
 def test_the_reason_of_a_failed_pull_is_its_exit_code(
-    paddock: Callable[..., Result], server: FakeServer, reason: Reason, code: ExitCode
+    paddock: Paddock, server: FakeServer, reason: Reason, code: ExitCode
 ) -> None:
     server.manager.errors["Download"] = make_error(reason, "No such luck.")
 
@@ -107,7 +97,7 @@ def test_ctrl_c_leaves_a_download_running_and_says_how_to_stop_it(server: FakeSe
     assert "`paddock pull hf:org/stuck --pause`" in " ".join(text.split())
 
 
-def test_rm_tells_what_is_free_again(paddock: Callable[..., Result], server: FakeServer) -> None:
+def test_rm_tells_what_is_free_again(paddock: Paddock, server: FakeServer) -> None:
     assert "1000 B are free again" in paddock("rm", "org/repo:Q4_K_M").stderr
     assert json.loads(paddock("rm", "x", "--if-exists", "--json").stdout) == {"model": "x", "freed_bytes": 0}
     assert server.manager.requests("Delete")[-1] == pb.DeleteRequest(model="x", allow_missing=True)

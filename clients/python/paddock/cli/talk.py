@@ -198,8 +198,6 @@ class Conversation:
             if not answer:
                 return
         except PaddockError as failure:
-            if answer:
-                write("\n")
             output.error(describe(failure, self._server))
             return
         self._messages = [*messages, ChatMessage(Role.ASSISTANT, "".join(answer))]
@@ -221,7 +219,11 @@ def _prompt_text(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         message = "Give a prompt, or talk with `paddock chat MODEL`."
         raise typer.BadParameter(message, param_hint="PROMPT")
-    return read_text("-" if prompt is None else prompt)
+    text = read_text("-" if prompt is None else prompt)
+    if not text.strip():
+        message = "There is nothing to answer: give a text, or one on standard input."
+        raise typer.BadParameter(message, param_hint="PROMPT")
+    return text
 
 
 def _question(model: Model, text: str, *, system: str | None, raw: bool) -> Prompt:
@@ -269,15 +271,20 @@ async def _write_answer(stream: GenerationStream, keep: Callable[[str], None] | 
     """Write text as it comes, reasoning as a note, and a line of figures for a person."""
     text = ""
     finish_reason: FinishReason | None = None
-    async for chunk in stream:
-        if chunk.reasoning_text:
-            notes().print(chunk.reasoning_text, style="dim", end="", markup=False)
-        if chunk.text:
-            text = chunk.text
-            write(chunk.text)
-            if keep is not None:
-                keep(chunk.text)
-        finish_reason = chunk.finish_reason or finish_reason
+    try:
+        async for chunk in stream:
+            if chunk.reasoning_text:
+                notes().print(chunk.reasoning_text, style="dim", end="", markup=False)
+            if chunk.text:
+                text = chunk.text
+                write(chunk.text)
+                if keep is not None:
+                    keep(chunk.text)
+            finish_reason = chunk.finish_reason or finish_reason
+    except PaddockError:
+        if text and not text.endswith("\n"):
+            write("\n")  # the error begins a line of its own
+        raise
     if not text.endswith("\n"):
         write("\n")
     if sys.stderr.isatty():
