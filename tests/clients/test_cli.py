@@ -350,3 +350,11 @@ def test_estimate_as_json_is_what_the_client_knows(paddock: Paddock) -> None:
     assert found["parts"][1] == {"device": "RAM", "kind": "kv_cache", "size_bytes": 1 << 20}
     assert found["devices"][0]["measured"] is False
     assert found["options"]["slot_count"] == 4
+
+
+@pytest.mark.parametrize("command", ["show", "load", "run", "chat"])
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(paddock: Paddock, command: str) -> None:
+    result = paddock(command, "Tiny.gguf", input="text")
+
+    assert result.exit_code == ExitCode.NOT_FOUND
+    assert result.stderr == "Error: There is no model named 'Tiny.gguf'. Did you mean tiny?\n"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from paddock.cli.failures import ExitCode, describe, exit_code
+from paddock.cli.failures import ExitCode, describe, exit_code, near_names
 from paddock.errors import TABLE, ModelNotFoundError, Reason, make_error
 
 EXPECTED = {
@@ -81,3 +81,37 @@ def test_what_to_do_is_said_with_the_error() -> None:
     assert "Try again" in described(Reason.HUB_UNREACHABLE, metadata={"status": "503"})
     assert described(Reason.HUB_UNREACHABLE) == "It happened."  # which says what to do
     assert "r-7" in described(Reason.INTERNAL, request_id="r-7")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("Foal", ["foal"]),
+        ("foal.gguf", ["foal"]),
+        ("my-own.GGUF", ["My-Own"]),
+        ("hf:ORG/repo:q4_k_m", ["org/repo:Q4_K_M"]),
+        ("sub/iner", ["sub/inner"]),
+        ("nothing of the kind", []),
+    ],
+)
+def test_names_are_near_whatever_their_case_and_ending(typed: str, meant: list[str]) -> None:
+    assert near_names(typed, ["foal", "My-Own", "org/repo:Q4_K_M", "sub/inner"]) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("hf:org/repo", " `paddock pull hf:org/repo` downloads it."),
+        ("sub/inner", ""),
+        *[
+            (path, " A path is no name: `paddock up --models-dir` serves files.")
+            for path in ("./tiny", "/models/tiny", "~/tiny", "models/tiny.gguf", "TINY.GGUF")
+        ],
+    ],
+)
+def test_the_hint_of_an_unknown_name_fits_its_form(name: str, hint: str) -> None:
+    error = ModelNotFoundError.of(name)
+    start = f"There is no model named {name!r}."
+
+    assert describe(error, "host:1") == f"{start} `paddock ls` shows the models there are.{hint}"
+    assert describe(error, "host:1", ["near", "by"]) == f"{start} Did you mean near, by?"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from enum import IntEnum
 from typing import Final
 
@@ -51,8 +52,41 @@ def exit_code(reason: str) -> ExitCode:
     return ExitCode.UNAVAILABLE if row_of(reason).retryable else ExitCode.FAILED
 
 
-def describe(error: PaddockError, server: str) -> str:
-    """Return what to tell the person at the keyboard: what happened, and what to do about it."""
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that somebody may have meant, likeliest first."""
+    by_plain: dict[str, str] = {}
+    for other in known:
+        by_plain.setdefault(_plain(other), other)
+    return [by_plain[near] for near in get_close_matches(_plain(name), by_plain, n=3)]
+
+
+def _plain(name: str) -> str:
+    """Return a name without what people get wrong about names."""
+    return name.casefold().removeprefix("hf:").removesuffix(".gguf")
+
+
+def _not_found(name: str, near: Iterable[str]) -> str:
+    """Return what to tell of a name that no model has."""
+    start = f"There is no model named {name!r}."
+    if meant := ", ".join(near):
+        return f"{start} Did you mean {meant}?"
+    start += " `paddock ls` shows the models there are."
+    if name.startswith("hf:"):
+        return f"{start} `paddock pull {name}` downloads it."
+    if name.startswith(_PATH_STARTS) or name.casefold().endswith(".gguf"):
+        return f"{start} A path is no name: `paddock up --models-dir` serves files."
+    return start
+
+
+_PATH_STARTS: Final = ("/", "./", "../", "~")
+"""How a path begins that cannot be the name of a model. FOLDER/NAME can."""
+
+
+def describe(error: PaddockError, server: str, near: Iterable[str] = ()) -> str:
+    """Return what to tell the person at the keyboard: what happened, and what to do about it.
+
+    `near` are names like that of a model there is not.
+    """
     model = error.resource or error.metadata.get("model")
     match error.reason:
         case Reason.SERVER_UNREACHABLE:
@@ -61,8 +95,7 @@ def describe(error: PaddockError, server: str) -> str:
                 "Start it with `paddock up`, or name another with --server."
             )
         case Reason.MODEL_NOT_FOUND if model:
-            hint = " A path is no name: `paddock up --models-dir` serves files." if "/" in model else ""
-            return f"There is no model named {model!r}. `paddock ls` shows the models there are.{hint}"
+            return _not_found(model, near)
         case Reason.MODEL_NOT_LOADED if model:
             return f"The model {model!r} is not loaded. Load it with `paddock load {model}`."
         case Reason.OPTIONS_CONFLICT if model:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
 from paddock.cli import output
-from paddock.cli.failures import describe, exit_code
-from paddock.errors import PaddockError
+from paddock.cli.failures import describe, exit_code, near_names
+from paddock.errors import PaddockError, Reason
 
 if TYPE_CHECKING:
     from paddock.client import Client
@@ -57,22 +57,40 @@ ModelArgument = Annotated[
 def call(server: str, work: Callable[[Client], Coroutine[Any, Any, ResultT]]) -> ResultT:
     """Run `work` with a client of the server; end the command when it fails."""
 
+    near: list[str] = []
+
     async def connected() -> ResultT:
         from paddock.client import Client  # imports grpc, which `--help` does without
 
         async with Client.connect(server) as client:
-            return await work(client)
+            try:
+                return await work(client)
+            except PaddockError as failure:
+                near.extend(await names_near(client, failure))
+                raise
 
     try:
         return asyncio.run(connected())
     except PaddockError as failure:
-        fail(failure, server)
+        fail(failure, server, near)
     except KeyboardInterrupt:
         output.note("")  # the terminal has just written ^C
         raise
 
 
-def fail(failure: PaddockError, server: str) -> NoReturn:
+async def names_near(client: Client, failure: PaddockError) -> Sequence[str]:
+    """Return names like the one that no model has; none when something else failed."""
+    name = failure.resource or failure.metadata.get("model")
+    if failure.reason != Reason.MODEL_NOT_FOUND or not name:
+        return ()
+    try:
+        models = await client.list()
+    except PaddockError:
+        return ()  # a hint less; what failed first is what is told
+    return near_names(name, [name for model in models for name in (model.id, *model.aliases)])
+
+
+def fail(failure: PaddockError, server: str, near: Sequence[str] = ()) -> NoReturn:
     """Say what went wrong, and end the command with the exit code that says it too."""
-    output.error(describe(failure, server))
+    output.error(describe(failure, server, near))
     raise typer.Exit(exit_code(failure.reason)) from failure

@@ -22,6 +22,7 @@ from paddock.cli.session import (
     ServerOption,
     call,
     fail,
+    names_near,
     read_text,
     valid_text,
 )
@@ -142,7 +143,7 @@ def chat(
                 raise make_error(Reason.TEMPLATE_ERROR, message)
             Conversation(runner, client, known.id, system, options, server).talk()
         except PaddockError as failure:
-            fail(failure, server)
+            fail(failure, server, runner.run(names_near(client, failure)))
         finally:
             runner.run(client.close())
 
