@@ -6,11 +6,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import typer
 from typer.testing import CliRunner, Result
 
 from paddock.cli.app import app
+from paddock.cli.help import PanelGroup
 
 Paddock = Callable[..., Result]
+
+_GROUP = typer.main.get_command(app)
+assert isinstance(_GROUP, PanelGroup)
+COMMANDS = dict(_GROUP.commands)
+"""Every command by its name."""
 
 
 def paddock_on(target: str) -> Paddock:

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from paddock.cli.failures import ExitCode, describe, exit_code, near_names
-from paddock.errors import TABLE, ModelNotFoundError, Reason, make_error
+from paddock.cli.failures import FLAGS, ExitCode, describe, exit_code, near_names
+from paddock.errors import TABLE, InvalidFieldError, ModelNotFoundError, Reason, make_error
+from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
+from tests.clients.invoke import COMMANDS
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import Descriptor
 
 EXPECTED = {
     Reason.MODEL_NOT_FOUND: ExitCode.NOT_FOUND,
@@ -75,7 +83,7 @@ def test_what_to_do_is_said_with_the_error() -> None:
     assert "'nope'" in describe(ModelNotFoundError.of("nope"), "host:1")
     assert "`paddock load m`" in described(Reason.MODEL_NOT_LOADED, metadata={"model": "m"})
     assert "`--on-conflict reload`" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
-    assert "slot_count" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
+    assert "(--parallel)" in described(Reason.OPTIONS_CONFLICT, metadata=conflict)
     assert "`paddock logs m`" in described(Reason.CRASH_LOOP, metadata={"model": "m"})
     assert "Try again in 4 s." in described(Reason.QUEUE_FULL, retry_after_seconds=4.0)
     assert "Try again" in described(Reason.HUB_UNREACHABLE, metadata={"status": "503"})
@@ -115,3 +123,37 @@ def test_the_hint_of_an_unknown_name_fits_its_form(name: str, hint: str) -> None
 
     assert describe(error, "host:1") == f"{start} `paddock ls` shows the models there are.{hint}"
     assert describe(error, "host:1", ["near", "by"]) == f"{start} Did you mean near, by?"
+
+
+REQUESTS = (pb.LoadRequest, pb.UnloadRequest, pb.StreamLogsRequest, pb.GenerateRequest)
+TYPED = {
+    name
+    for command in COMMANDS.values()
+    for parameter in command.params
+    for name in (*parameter.opts, parameter.metavar)
+}
+
+
+@pytest.mark.parametrize("field", FLAGS)
+def test_a_wrong_field_is_told_by_the_flag_that_is_typed_for_it(field: str) -> None:
+    error = InvalidFieldError.of(field, "must be right")
+
+    assert describe(error, "host:1") == f"{FLAGS[field]}: must be right"
+    assert FLAGS[field] in TYPED
+    assert any(_has(request.DESCRIPTOR, field.split(".")) for request in REQUESTS), "no such field"
+
+
+def _has(message: Descriptor | None, path: list[str]) -> bool:
+    field = message.fields_by_name.get(path[0]) if message is not None else None
+    return field is not None and (len(path) == 1 or _has(field.message_type, path[1:]))
+
+
+def test_an_element_of_a_list_is_told_by_its_flag_and_an_unknown_field_by_its_name() -> None:
+    assert describe(InvalidFieldError.of("stop.stop_sequences[0]", "is long"), "") == "--stop: is long"
+    assert describe(InvalidFieldError.of("from.the_future", "is wrong"), "") == "from.the_future: is wrong"
+
+
+def test_every_option_of_a_load_has_a_flag() -> None:
+    names = {f"runtime_options.{field.name}" for field in model_pb2.RuntimeOptions.DESCRIPTOR.fields}
+
+    assert names == {field for field in FLAGS if field.startswith("runtime_options.")}

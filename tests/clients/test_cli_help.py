@@ -3,17 +3,12 @@ from __future__ import annotations
 import re
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from paddock.cli.app import app
 from paddock.cli.daemons import HTTP_FLAGS, SERVER_FLAGS
-from paddock.cli.help import PanelGroup
 from paddock_server.config import ServerConfig
-
-GROUP = typer.main.get_command(app)
-assert isinstance(GROUP, PanelGroup)
-COMMANDS = dict(GROUP.commands)
+from tests.clients.invoke import COMMANDS
 
 
 def help_of(*command: str) -> str:

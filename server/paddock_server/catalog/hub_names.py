@@ -47,6 +47,11 @@ class HubNameError(Exception):
         self.message = message
         super().__init__(field, message)
 
+    @property
+    def part(self) -> str:
+        """The part in words, for a name that was typed whole."""
+        return {"repo_id": "repository", "file_pattern": "quantization or file"}.get(self.field, self.field)
+
 
 class NoSuchFileError(Exception):
     """A repository has no model that a pattern means; the message says which it has."""

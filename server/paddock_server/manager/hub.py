@@ -438,7 +438,7 @@ def _ref_of_name(name: str) -> HubRef:
         return parse_hub_name(name)
     except HubNameError as error:
         field = "model"
-        raise InvalidFieldError.of(field, f"{name!r}: its {error.field} {error.message}") from error
+        raise InvalidFieldError.of(field, f"{name!r}: its {error.part} {error.message}") from error
 
 
 def _ref_of_source(source: model_pb2.HuggingFaceSource) -> HubRef:

@@ -45,6 +45,40 @@ _EXIT_CODES: Final[Mapping[str, ExitCode]] = {
 }
 
 
+FLAGS: Final[Mapping[str, str]] = {
+    "model": "MODEL",
+    "runtime_options.context_size_tokens": "--ctx-size",
+    "runtime_options.slot_count": "--parallel",
+    "runtime_options.gpu_layer_count": "--n-gpu-layers",
+    "runtime_options.thread_count": "--threads",
+    "runtime_options.batch_size_tokens": "--batch-size",
+    "runtime_options.cache_type_k": "--cache-type-k",
+    "runtime_options.cache_type_v": "--cache-type-v",
+    "runtime_options.replica_count": "--replicas",
+    "runtime_options.idle_timeout": "--idle-timeout-seconds",
+    "runtime_options.sleep_timeout": "--sleep-idle-seconds",
+    "load_timeout": "--timeout-seconds",
+    "drain_timeout": "--drain-seconds",
+    "tail_line_count": "--tail",
+    "sampling.temperature": "--temperature",
+    "sampling.top_p": "--top-p",
+    "sampling.top_k": "--top-k",
+    "sampling.min_p": "--min-p",
+    "sampling.seed": "--seed",
+    "stop.max_tokens": "--max-tokens",
+    "stop.stop_sequences": "--stop",
+    "keep_alive": "--keep-alive",
+}
+"""What is typed for a field of a request. A field that is not here has nothing typed for it."""
+
+
+def _invalid(error: PaddockError) -> str:
+    """Return what is wrong with what was typed, by the names it was typed under."""
+    return "; ".join(
+        f"{FLAGS.get(one.field.partition('[')[0], one.field)}: {one.description}" for one in error.violations
+    )
+
+
 def exit_code(reason: str) -> ExitCode:
     """Return the exit code for the reason of an error."""
     if reason in _EXIT_CODES:
@@ -96,10 +130,13 @@ def describe(error: PaddockError, server: str, near: Iterable[str] = ()) -> str:
             )
         case Reason.MODEL_NOT_FOUND if model:
             return _not_found(model, near)
+        case Reason.INVALID_FIELD if error.violations:
+            return _invalid(error)
         case Reason.MODEL_NOT_LOADED if model:
             return f"The model {model!r} is not loaded. Load it with `paddock load {model}`."
         case Reason.OPTIONS_CONFLICT if model:
-            fields = error.metadata.get("fields", "of another load")
+            names = error.metadata.get("fields", "of another load").split(",")
+            fields = ", ".join(FLAGS.get(f"runtime_options.{name.strip()}", name.strip()) for name in names)
             return (
                 f"The model {model!r} is loaded with other options ({fields}). "
                 "`--on-conflict reload` loads it again, `--on-conflict keep` takes it as it is."

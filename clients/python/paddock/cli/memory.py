@@ -8,7 +8,7 @@ import typer
 
 from paddock.cli import output
 from paddock.cli.output import note, write_json
-from paddock.cli.session import DEFAULT_SERVER, JsonOption, ModelArgument, ServerOption, call
+from paddock.cli.session import DEFAULT_SERVER, MOST, JsonOption, ModelArgument, ServerOption, call
 from paddock.sizes import size_text
 from paddock.types import MemoryVerdict, RuntimeOptions
 
@@ -37,14 +37,17 @@ def estimate(
     as_json: JsonOption = False,
     ctx_size: Annotated[
         int | None,
-        typer.Option("--ctx-size", "-c", min=0, help="Tokens the KV cache holds; 0: the most that fits."),
+        typer.Option(
+            "--ctx-size", "-c", min=0, max=MOST, help="Tokens the KV cache holds; 0: the most that fits."
+        ),
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Sequences decoded at once.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, max=MOST, help="Sequences decoded at once.")] = None,
     n_gpu_layers: Annotated[
-        int | None, typer.Option(min=-1, help="Layers on the accelerator; -1: all.")
+        int | None, typer.Option(min=-1, max=MOST, help="Layers on the accelerator; -1: all.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Most tokens decoded in one step.")
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, max=MOST, help="Most tokens decoded in one step."),
     ] = None,
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,

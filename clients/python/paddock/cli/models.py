@@ -16,6 +16,7 @@ from paddock.cli.output import note, seconds_text, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import (
     DEFAULT_SERVER,
+    MOST,
     JsonOption,
     ModelArgument,
     ServerOption,
@@ -75,15 +76,17 @@ def load(
     server: ServerOption = DEFAULT_SERVER,
     as_json: JsonOption = False,
     ctx_size: Annotated[
-        int | None, typer.Option("--ctx-size", "-c", min=0, help="Tokens the KV cache holds; 0: as trained.")
+        int | None,
+        typer.Option("--ctx-size", "-c", min=0, max=MOST, help="Tokens the KV cache holds; 0: as trained."),
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Sequences decoded at once.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, max=MOST, help="Sequences decoded at once.")] = None,
     n_gpu_layers: Annotated[
-        int | None, typer.Option(min=-1, help="Layers on the accelerator; -1: all.")
+        int | None, typer.Option(min=-1, max=MOST, help="Layers on the accelerator; -1: all.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, max=MOST, help="Threads.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Most tokens decoded in one step.")
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, max=MOST, help="Most tokens decoded in one step."),
     ] = None,
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
@@ -233,7 +236,9 @@ def logs(
     model: ModelArgument,
     server: ServerOption = DEFAULT_SERVER,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
-    tail: Annotated[int, typer.Option(min=0, help="Newest lines to start with; 0: all there are.")] = 0,
+    tail: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Newest lines to start with; 0: all there are.")
+    ] = 0,
     as_json: JsonOption = False,
     timestamps: Annotated[
         bool, typer.Option("--timestamps", "-t", help="Put the time each line was read before it.")

@@ -21,6 +21,9 @@ TextT = TypeVar("TextT", str, str | None, list[str] | None)
 
 DEFAULT_SERVER: Final = "127.0.0.1:50051"
 
+MOST: Final = 2**31 - 1
+"""The largest whole number that a field of a message takes."""
+
 ServerOption = Annotated[
     str,
     typer.Option("--server", envvar="PADDOCK_SERVER", metavar="HOST:PORT", help="Server to talk to."),

@@ -17,6 +17,7 @@ from paddock.cli.models import load_with_progress
 from paddock.cli.output import note, notes, seconds_text, write, write_json
 from paddock.cli.session import (
     DEFAULT_SERVER,
+    MOST,
     JsonOption,
     ModelArgument,
     ServerOption,
@@ -40,13 +41,13 @@ SystemOption = Annotated[
     str | None, typer.Option("--system", help="Instructions for the model.", callback=valid_text)
 ]
 MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
+    int | None, typer.Option("--max-tokens", "-n", min=1, max=MOST, help="Most tokens to generate.")
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", min=0, help="0 always takes the likeliest token.")
 ]
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Nucleus threshold, above 0 to 1.")]
-TopKOption = Annotated[int | None, typer.Option("--top-k", help="Candidates kept; 0: all.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", min=0, max=MOST, help="Candidates kept; 0: all.")]
 MinPOption = Annotated[float | None, typer.Option("--min-p", help="Minimum relative probability, 0 to 1.")]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", min=-(2**63), max=2**63 - 1, help="Makes sampling repeatable.")

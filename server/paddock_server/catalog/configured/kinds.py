@@ -154,7 +154,7 @@ class HubName:
         try:
             parse_hub_name(checked_name(value))
         except HubNameError as error:
-            message = f"must be ORG/REPO[@REVISION][:QUANT-OR-GLOB]; its {error.field} {error.message}"
+            message = f"must be ORG/REPO[@REVISION][:QUANT-OR-GLOB]; its {error.part} {error.message}"
             raise ValueError(message) from error
         return value
 
