@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError, file_problems
-from paddock_server.config import ConfigError, ServerConfig
+from paddock_server.config import ConfigError, ServerConfig, UnreadableFileError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,8 @@ def problems(flags: Mapping[str, object], file: Path | None) -> list[str]:
         config = ServerConfig.load(flags, file)
     except ConfigError as error:
         preset = flags.get("models_preset")
-        files = file_problems(preset if isinstance(preset, Path) else None, file)
+        readable = None if isinstance(error, UnreadableFileError) else file
+        files = file_problems(preset if isinstance(preset, Path) else None, readable)
         return [*str(error).split("\n"), *(str(problem) for problem in files)]
     try:
         catalog = Catalog(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +20,7 @@ from pydantic_settings import (
 )
 
 from paddock_server.catalog.configured.toml_file import MODEL_TABLES
-from paddock_server.catalog.configured.toml_lines import key_lines
+from paddock_server.catalog.configured.toml_lines import error_line, key_lines
 from paddock_server.worker.cache_types import CACHE_TYPE_NUMBERS, DEFAULT_CACHE_TYPE
 
 ENV_PREFIX = "PADDOCK_"
@@ -53,6 +55,10 @@ DEMO_DIR = Path(__file__).resolve().parent / "demo"
 
 class ConfigError(Exception):
     """A setting is wrong; the message names it and says what would be right."""
+
+
+class UnreadableFileError(ConfigError):
+    """There is no configuration file, or it is none: nothing else can be said of it."""
 
 
 def _known_cache_type(value: str) -> str:
@@ -234,6 +240,7 @@ class ServerConfig(BaseSettings):
     @field_validator("models_dir")
     @classmethod
     def _models_dir_exists(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        value = tuple(_of_home(path) for path in value)
         for path in value:
             if not path.is_dir():
                 problem = "is not a directory" if path.exists() else "does not exist"
@@ -244,6 +251,7 @@ class ServerConfig(BaseSettings):
     @field_validator("models_preset")
     @classmethod
     def _models_preset_exists(cls, value: Path | None) -> Path | None:
+        value = _of_home(value) if value is not None else None
         if value is not None and not value.is_file():
             message = f"{str(value)!r} does not exist; name an INI file as llama-server reads it"
             raise ValueError(message)
@@ -253,6 +261,11 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _empty_state_dir_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
+
+    @field_validator("state_dir")
+    @classmethod
+    def _state_dir_of_home(cls, value: Path | None) -> Path | None:
+        return _of_home(value) if value is not None else None
 
     @classmethod
     def settings_customise_sources(
@@ -274,8 +287,9 @@ class ServerConfig(BaseSettings):
         `flags` holds only what was given on the command line, by field name. Raises `ConfigError`.
         """
         if config_file is not None and not config_file.is_file():
-            message = f"The configuration file {str(config_file)!r} does not exist."
-            raise ConfigError(message)
+            problem = "is a directory; name the file in it" if config_file.is_dir() else "does not exist"
+            message = f"The configuration file {str(config_file)!r} {problem}."
+            raise UnreadableFileError(message)
 
         class Loaded(cls):
             model_config = SettingsConfigDict(toml_file=config_file)
@@ -285,9 +299,13 @@ class ServerConfig(BaseSettings):
             return Loaded(**{**flags, "config_file": config_file})  # pyright: ignore[reportArgumentType]
         except ValidationError as error:
             raise ConfigError(_describe(error, flags, config_file)) from error
-        except ValueError as error:  # tomllib.TOMLDecodeError is one
+        except tomllib.TOMLDecodeError as error:
+            line = error_line(error)
+            message = f"{config_file}{f':{line}' if line else ''}: is not TOML: {error}"
+            raise UnreadableFileError(message) from error
+        except ValueError as error:  # not UTF-8
             message = f"The configuration file {str(config_file)!r} cannot be read: {error}."
-            raise ConfigError(message) from error
+            raise UnreadableFileError(message) from error
 
     def reread(self) -> ServerConfig:
         """Read the configuration again, under the same flags. Raises `ConfigError`."""
@@ -300,6 +318,15 @@ class _TomlSettings(TomlConfigSettingsSource):
     def __call__(self) -> dict[str, Any]:
         """Return the settings by name."""
         return {name: value for name, value in super().__call__().items() if name not in MODEL_TABLES}
+
+
+def _of_home(path: Path) -> Path:
+    """Return a path with `~` in its front replaced. Raises ValueError: there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        message = f"{str(path)!r} begins in the home of a user there is not"
+        raise ValueError(message) from error
 
 
 def parsed_budget(text: str) -> dict[str, int]:
@@ -344,8 +371,16 @@ def _describe(error: ValidationError, flags: Mapping[str, object], file: Path | 
         is_in_file = (name,) in lines and name not in flags and variable not in os.environ
         place = f"{file}:{lines[name,]}: " if is_in_file else ""
         if item["type"] == "extra_forbidden":
-            sentences.append(f"{place}There is no setting named {name!r}.")
+            sentences.append(f"{place}There is no setting named {name!r}.{_meant(name)}")
             continue
         reason = item["msg"].removeprefix("Value error, ")
-        sentences.append(f"{place}{flag} ({variable}): {reason[:1].lower() + reason[1:]}.")
+        typed = name if is_in_file else f"{flag} ({variable})"
+        sentences.append(f"{place}{typed}: {reason[:1].lower() + reason[1:]}.")
     return "\n".join(sentences)
+
+
+def _meant(name: str) -> str:
+    """Return a hint at the setting or the table that somebody may have meant."""
+    known = [*(ServerConfig.model_fields.keys() - {"config_file"}), *MODEL_TABLES]
+    near = get_close_matches(name.casefold().replace("-", "_"), sorted(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

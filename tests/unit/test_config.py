@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from paddock_server.app import manager_config, memory_budget
+from paddock_server.checking import problems
 from paddock_server.config import CHANGES_IN_PLACE, DEMO_DIR, ConfigError, ServerConfig
 from paddock_server.memory import RAM, DeviceMemory, Machine
 
@@ -82,9 +83,59 @@ def test_what_is_wrong_in_the_file_names_its_line(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError) as of_environment:
         ServerConfig.load({}, file)
 
-    assert f"{file}:2: --parallel" in str(caught.value)
+    assert f"{file}:2: parallel: " in str(caught.value)
     assert f"{file}:3: There is no setting named 'nonsense'" in str(caught.value)
     assert f"{file}:2" not in str(of_environment.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("models_maxx = 3", "models_max"),
+        ("models-max = 3", "models_max"),
+        ("[default]", "defaults"),
+        ("[model.a]", "models"),
+    ],
+)
+def test_a_typo_at_the_top_of_the_file_is_answered_with_what_was_meant(
+    tmp_path: Path, typed: str, meant: str
+) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text(typed)
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig.load({}, file)
+
+    assert str(caught.value).endswith(f"Did you mean {meant}?")
+
+
+def test_what_is_no_toml_is_told_once_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "paddock.toml"
+    file.write_text("models_max = 3\nparallel = = 2\n")
+
+    (problem,) = problems({}, file)
+    assert problem.startswith(f"{file}:2: is not TOML: ")
+
+
+def test_a_directory_is_no_configuration_file(tmp_path: Path) -> None:
+    (problem,) = problems({}, tmp_path)
+
+    assert problem == f"The configuration file {str(tmp_path)!r} is a directory; name the file in it."
+
+
+def test_a_tilde_is_the_home_in_flags_and_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "paddock.toml"
+    file.write_text('models_dir = ["~/m"]\nstate_dir = "~/s"\n')
+
+    of_file, of_flag = ServerConfig.load({}, file), ServerConfig.load({"models_dir": ["~/m"]})
+
+    assert of_file.models_dir == of_flag.models_dir == ((tmp_path / "m").resolve(),)
+    assert of_file.state_dir == tmp_path / "s"
+    with pytest.raises(ConfigError, match="home of a user"):
+        ServerConfig.load({"models_dir": ["~no-such-user/m"]})
 
 
 def test_tables_of_models_are_no_settings(tmp_path: Path) -> None:
