@@ -11,7 +11,7 @@ from paddock.cli.failures import ExitCode
 from paddock.errors import Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
-from tests.clients.invoke import Paddock, events
+from tests.clients.invoke import COMMANDS, Paddock, events
 
 if TYPE_CHECKING:
     from tests.clients.fake_server import FakeServer
@@ -182,6 +182,7 @@ def test_sleep_and_pin_say_what_they_did(paddock: Paddock) -> None:
     assert "tiny sleeps" in paddock("sleep", "tiny").stderr
     assert paddock("pin", "tiny").stderr == "tiny is pinned.\n"
     assert paddock("pin", "tiny", "--off").stderr == "tiny is not pinned.\n"
+    assert paddock("unpin", "tiny").stderr == "tiny is not pinned.\n"
 
 
 def test_reload_writes_what_changed_and_notes_what_was_left_out(paddock: Paddock) -> None:
@@ -358,3 +359,36 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(paddock: Pad
 
     assert result.exit_code == ExitCode.NOT_FOUND
     assert result.stderr == "Error: There is no model named 'Tiny.gguf'. Did you mean tiny?\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (("unload", "tiny"), "aborted_request_count"),
+        (("sleep", "tiny"), "state"),
+        (("pin", "tiny"), "pinned"),
+        (("unpin", "tiny"), "pinned"),
+        (("version",), "server"),
+        (("check-config",), "problems"),
+    ],
+    ids=str,
+)
+def test_commands_that_only_tell_write_json_too(paddock: Paddock, command: tuple[str, ...], key: str) -> None:
+    result = paddock(*command, "--json")
+
+    assert key in json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (ExitCode.OK, "")
+
+
+def test_all_commands_but_those_that_stay_have_json() -> None:
+    without = {
+        name
+        for name, command in COMMANDS.items()
+        if not any("--json" in parameter.opts for parameter in command.params)
+    }
+
+    assert without == {"chat", "up", "serve", "gateway"}
+
+
+def test_version_is_a_flag_too(paddock: Paddock) -> None:
+    assert paddock("--version").stdout == paddock("version").stdout

@@ -209,8 +209,10 @@ def test_a_model_whose_time_runs_says_what_will_become_of_it(sleep: int, idle: i
     assert str(dict(facts(model(loaded), START))[verb]).startswith("in 4 min 0 s, at ")
 
 
-def test_a_pinned_model_does_not_expire() -> None:
-    assert cells(model_pb2.Model(id="m", pinned=True))["EXPIRES"] == "pinned"
+def test_a_pinned_model_says_so_in_its_state_and_does_not_expire() -> None:
+    shown = cells(model_pb2.Model(id="m", pinned=True, state=model_pb2.MODEL_STATE_LOADED))
+
+    assert (shown["STATE"], shown["EXPIRES"]) == ("loaded, pinned", "-")
 
 
 def test_who_waits_for_what_is_told_apart() -> None:

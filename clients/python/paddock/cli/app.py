@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from importlib.metadata import version as distribution_version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from paddock.cli import daemons, doctor, hub, memory, models, talk, watch
 from paddock.cli.help import PanelGroup
-from paddock.cli.output import note, write
-from paddock.cli.session import DEFAULT_SERVER, ServerOption
+from paddock.cli.output import note, write, write_json
+from paddock.cli.session import DEFAULT_SERVER, JsonOption, ServerOption
 from paddock.errors import PaddockError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ for command in (
     models.sleep,
     models.wake,
     models.pin,
+    models.unpin,
     models.logs,
     models.tokenize,
 ):
@@ -70,15 +72,37 @@ for command in (hub.pull, hub.rm):
 
 
 @app.command(rich_help_panel=_OTHER)
-def version(server: ServerOption = DEFAULT_SERVER) -> None:
+def version(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
     """Show the version of this program, and of the server if one answers."""
-    write(f"paddock {distribution_version('paddock')}\n")
+    own = distribution_version("paddock")
     try:
         info = asyncio.run(_server_info(server))
     except (PaddockError, TimeoutError):
+        info = None
+    if as_json:
+        write_json({"version": own, "server": info}, indent=2)
+        return
+    write(f"paddock {own}\n")
+    if info is None:
         note(f"No server answers at {server}.")
     else:
         write(f"server  {info.version}\n")
+
+
+def _tell_version(value: bool) -> None:  # typer calls it
+    if value:
+        version(os.environ.get("PADDOCK_SERVER", DEFAULT_SERVER))
+        raise typer.Exit
+
+
+@app.callback()
+def flags(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="As `paddock version`.")
+    ] = False,
+) -> None:
+    """Take the flags that stand before a command."""
 
 
 async def _server_info(server: str) -> ServerInfo:

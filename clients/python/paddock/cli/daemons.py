@@ -20,7 +20,7 @@ import typer
 from paddock.cli import output
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
-from paddock.cli.session import DEFAULT_SERVER, ServerOption
+from paddock.cli.session import DEFAULT_SERVER, JsonOption, ServerOption
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 
 if TYPE_CHECKING:
@@ -205,16 +205,22 @@ _CATALOG_FLAGS: Final = {name: SERVER_FLAGS[name] for name in ("models_dir", "mo
 
 
 @with_flags(_CATALOG_FLAGS)
-def check_config(flags: Mapping[str, object], config: ConfigOption = None) -> None:
+def check_config(
+    flags: Mapping[str, object], config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
     """Check the configuration without starting a server; exit code 1 when something is wrong."""
     with require_extras("check-config", "server"):
         from paddock_server.checking import problems
     found = problems(flags, config)
-    for problem in found:
-        output.write(f"{problem}\n")
+    if as_json:
+        output.write_json({"ok": not found, "problems": found}, indent=2)
+    else:
+        for problem in found:
+            output.write(f"{problem}\n")
     if found:
         raise typer.Exit(ExitCode.FAILED)
-    note("The configuration is sound.")
+    if not as_json:
+        note("The configuration is sound.")
 
 
 @with_flags({**SERVER_FLAGS, **HTTP_FLAGS})

@@ -61,9 +61,7 @@ def expiry_verb(model: Model) -> str:
 
 
 def _expires(model: Model, now: datetime | None) -> str:
-    if model.pinned:
-        return "pinned"
-    if model.expire_time is None:
+    if model.pinned or model.expire_time is None:
         return NONE
     return f"{expiry_verb(model)} in {brief_text(-seconds_since(model.expire_time, now))}"
 
@@ -75,6 +73,11 @@ def _waiting(model: Model, now: datetime | None) -> str:
 
 
 def _state(model: Model, now: datetime | None) -> Text:
+    state = _bare_state(model)
+    return state.append(", pinned") if model.pinned else state
+
+
+def _bare_state(model: Model) -> Text:
     if model.state is ModelState.UNLOADED and model.download is not None:
         return download_text(model.download)
     failed = model.state is ModelState.FAILED and model.last_failure

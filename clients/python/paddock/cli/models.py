@@ -1,4 +1,4 @@
-"""Commands about models: ls, ps, show, load, unload, sleep, wake, pin, reload, logs, tokenize."""
+"""Commands about models: ls, ps, show, load, unload, sleep, wake, pin, unpin, reload, logs, tokenize."""
 
 from __future__ import annotations
 
@@ -175,6 +175,7 @@ async def load_with_progress(
 def unload(
     model: ModelArgument,
     server: ServerOption = DEFAULT_SERVER,
+    as_json: JsonOption = False,
     force: Annotated[bool, typer.Option("--force", help="Abort running requests.")] = False,
     drain_seconds: Annotated[
         float | None, typer.Option(min=0, help="How long running requests may go on; 30 when left out.")
@@ -187,6 +188,9 @@ def unload(
         return before, await client.unload(model, force=force, drain_timeout_seconds=drain_seconds)
 
     before, unloaded = call(server, work)
+    if as_json:
+        write_json(unloaded, indent=2)
+        return
     aborted = unloaded.aborted_request_count
     if before.state is ModelState.UNLOADED and not aborted:
         note(f"{unloaded.model.id} was not loaded.")
@@ -194,13 +198,16 @@ def unload(
     note(f"Unloaded {unloaded.model.id}." + (f" {aborted} requests were aborted." if aborted else ""))
 
 
-def sleep(model: ModelArgument, server: ServerOption = DEFAULT_SERVER) -> None:
+def sleep(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
     """Have a loaded model give its memory back; the next request wakes it."""
     slept = call(server, lambda client: client.sleep(model))
+    if as_json:
+        write_json(slept, indent=2)
     if slept.state is not ModelState.SLEEPING:
         note(f"{slept.id} is {slept.state} by now.")
         raise typer.Exit(1)
-    note(f"{slept.id} sleeps. The next request wakes it, or `paddock wake {slept.id}`.")
+    if not as_json:
+        note(f"{slept.id} sleeps. The next request wakes it, or `paddock wake {slept.id}`.")
 
 
 def wake(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
@@ -211,11 +218,24 @@ def wake(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: J
 def pin(
     model: ModelArgument,
     server: ServerOption = DEFAULT_SERVER,
-    off: Annotated[bool, typer.Option("--off", help="Take the pin off.")] = False,
+    as_json: JsonOption = False,
+    off: Annotated[bool, typer.Option("--off", help="Take the pin off, as `paddock unpin` does.")] = False,
 ) -> None:
-    """Keep a model from being evicted, put to sleep or unloaded for idleness."""
-    pinned = call(server, lambda client: client.pin(model, pinned=not off))
-    note(f"{pinned.id} is pinned." if pinned.pinned else f"{pinned.id} is not pinned.")
+    """Keep a model from being evicted, or put to sleep or unloaded for idleness."""
+    _pin(model, server, pinned=not off, as_json=as_json)
+
+
+def unpin(model: ModelArgument, server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
+    """Take the pin off a model."""
+    _pin(model, server, pinned=False, as_json=as_json)
+
+
+def _pin(model: str, server: str, *, pinned: bool, as_json: bool) -> None:
+    shown = call(server, lambda client: client.pin(model, pinned=pinned))
+    if as_json:
+        write_json(shown, indent=2)
+        return
+    note(f"{shown.id} is pinned." if shown.pinned else f"{shown.id} is not pinned.")
 
 
 def reload(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
@@ -229,7 +249,8 @@ def reload(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -
     for what in ("added", "changed", "removed"):
         for model in getattr(reloaded, what):
             output.write(f"{what}\t{model}\n")
-    note(f"{reloaded.unchanged_count} models are as they were.")
+    count = reloaded.unchanged_count
+    note("1 model is as it was." if count == 1 else f"{count} models are as they were.")
 
 
 def logs(
