@@ -136,6 +136,9 @@ async def _running(
         _warn_when_exposed(config.grpc_host)
         for problem in catalog.problems:
             log.warning("config_problem", problem=str(problem))
+        if catalog.unusable_count:
+            advice = "`paddock doctor` with the same settings tells which, and why."
+            log.warning("model_files_unusable", count=catalog.unusable_count, advice=advice)
         log.info("server_ready", grpc=rpc.address)
         files = [path for path in (config.models_preset, config.config_file) if path is not None]
         async with reloading(service, files):

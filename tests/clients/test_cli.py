@@ -123,6 +123,7 @@ def test_show_says_what_is_known_and_why_a_model_failed(paddock: Paddock) -> Non
     text = paddock("show", "broken").stdout
 
     assert "The worker was ended by SIGKILL." in text
+    assert text.count("SIGKILL") == 1
     assert "last line" in text
     assert json.loads(paddock("show", "tiny", "--json").stdout)["info"]["architecture"] == "llama"
 

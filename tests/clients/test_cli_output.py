@@ -248,6 +248,27 @@ def test_every_column_has_something_to_show_for_a_model_of_which_nothing_is_know
     assert set(shown.values()) == {"-"}
 
 
+@pytest.mark.parametrize(
+    ("artifact", "has_facts", "shown"),
+    [
+        (model_pb2.ARTIFACT_STATE_ABSENT, False, "absent"),
+        (model_pb2.ARTIFACT_STATE_DOWNLOADED, False, "broken"),
+        (model_pb2.ARTIFACT_STATE_DOWNLOADED, True, "unloaded"),
+    ],
+)
+def test_files_that_cannot_be_loaded_are_seen_before_anybody_loads_them(
+    artifact: model_pb2.ArtifactState.ValueType, has_facts: bool, shown: str
+) -> None:
+    listed = model_pb2.Model(id="m", state=model_pb2.MODEL_STATE_UNLOADED, artifact_state=artifact)
+    listed.source.local.path = "m.gguf"
+    if has_facts:
+        listed.info.architecture = "llama"
+
+    assert cells(listed)["STATE"] == shown
+    files = dict(facts(model(listed)))["Files"]
+    assert files == ("m.gguf, 0 B" if has_facts else f"m.gguf, 0 B, {shown}")
+
+
 def test_every_column_is_in_a_list() -> None:
     assert set(listing.COLUMNS) == {*listing.LS_WIDE, *listing.PS_WIDE}
 

@@ -65,6 +65,18 @@ def test_a_file_is_a_model_named_like_it(tmp_path: Path) -> None:
     assert entry.problem is None
 
 
+def test_the_suffix_of_a_file_counts_in_any_case(tmp_path: Path) -> None:
+    MODEL.write(tmp_path / "UPPER.GGUF")
+    _write_shards(tmp_path, "big", 2)
+    for shard in list(tmp_path.glob("big*")):
+        shard.rename(shard.with_suffix(".Gguf"))
+
+    entries = Catalog([tmp_path]).scan()
+
+    assert list(entries) == ["UPPER", "big"]
+    assert all(entry.problem is None for entry in entries.values())
+
+
 def test_a_folder_with_one_file_is_a_model_named_like_the_folder(tmp_path: Path) -> None:
     path = MODEL.write(tmp_path / "Folder" / "ggml-model.gguf")
 
@@ -293,7 +305,8 @@ def test_links_that_lead_nowhere_or_outside_are_entries_that_say_so(tmp_path: Pa
     assert _problem(entries["file"]) == ("UNSUPPORTED_MODEL", f"file.gguf: {leaves}")
     assert _problem(entries["folder"]) == ("UNSUPPORTED_MODEL", f"folder: {leaves}")
     assert _problem(entries["Inner"]) == ("UNSUPPORTED_MODEL", f"Inner/m.gguf: {leaves}")
-    assert _problem(entries["nothing"]) == ("UNSUPPORTED_MODEL", "nothing.gguf: is a link to nothing")
+    assert _problem(entries["nothing"]) == ("MODEL_CORRUPT", "nothing.gguf: is a link to nothing")
+    assert {name for name, entry in entries.items() if entry.is_absent} == {"nothing"}
     assert "Too many levels of symbolic links" in _problem(entries["loop"])[1]
     assert len(entries) == 5
     assert all(entry.size_bytes == 0 for entry in entries.values())

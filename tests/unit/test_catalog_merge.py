@@ -172,6 +172,8 @@ def test_a_model_whose_files_are_not_there_is_listed_with_the_reason(files: File
     catalog = files.catalog(toml=f"[models.m]\n{line}\n")
 
     assert catalog.scan()["m"].problem is not None
+    assert catalog.scan()["m"].is_absent == line.startswith("path")
+    assert catalog.unusable_count == 1
     assert [problem.place.line for problem in catalog.problems] == [1]
 
 

@@ -77,6 +77,11 @@ class Catalog:
         self._served = {id_: _kept(self._served.get(id_), entry) for id_, entry in merged.served.items()}
         return self._served
 
+    @property
+    def unusable_count(self) -> int:
+        """How many models of the latest scan cannot be loaded for what their files are."""
+        return sum(entry.problem is not None for entry in self._served.values())
+
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory, whether or not a scan finds it.
 

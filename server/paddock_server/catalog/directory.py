@@ -47,6 +47,7 @@ class _Fault(NamedTuple):
     reason: Reason
     what: str
     where: int | str
+    is_absent: bool = False
 
 
 class _Known(NamedTuple):
@@ -156,8 +157,13 @@ class ModelDirectories:
             entry = None
         if entry is not None:
             return entry
-        what = "does not exist, cannot be read, or holds no model"
-        return _broken_folder(FoundPath(named, displayed(path)), what, _FILE_SYSTEM)
+        if not os.path.lexists(named):
+            return _broken_folder(
+                FoundPath(named, displayed(path), is_absent=True), "does not exist", _FILE_SYSTEM
+            )
+        return _broken_folder(
+            FoundPath(named, displayed(path)), "cannot be read, or holds no model", _FILE_SYSTEM
+        )
 
     def with_projector(self, entry: CatalogEntry, path: Path) -> CatalogEntry:
         """An entry with a projector that the operator has named."""
@@ -277,7 +283,8 @@ class ModelDirectories:
         for file in group.files:
             result = self._read(file)
             if isinstance(result, _Fault):
-                return problem(result.reason, file.relative, result.what, result.where)
+                what, where, is_absent = result.what, result.where, result.is_absent
+                return problem(result.reason, file.relative, what, where, is_absent=is_absent)
             shards.append(result)
         fault = split_fault(group, shards)
         if fault is not None:
@@ -304,7 +311,8 @@ class ModelDirectories:
 
     def _read(self, file: FoundPath) -> ModelFacts | _Fault:
         if file.fault is not None:
-            return _Fault(Reason.UNSUPPORTED_MODEL, file.fault, _FILE_SYSTEM)
+            reason = Reason.MODEL_CORRUPT if file.is_absent else Reason.UNSUPPORTED_MODEL
+            return _Fault(reason, file.fault, _FILE_SYSTEM, file.is_absent)
         stamp = (file.inode, file.size_bytes, file.modified_ns)
         known = self._known.get(file.path)
         if known is not None and known.stamp == stamp:
@@ -337,6 +345,7 @@ def _checked_id(name: str, relative_path: str) -> tuple[str, CatalogProblem | No
 
 def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
     _, name_problem = _checked_id(folder.path.name, folder.relative)
+    reason = Reason.MODEL_CORRUPT if folder.is_absent else Reason.UNSUPPORTED_MODEL
     return CatalogEntry(
         id=without_control_characters(folder.relative),
         path=folder.path,
@@ -346,5 +355,5 @@ def _broken_folder(folder: FoundPath, what: str, where: str) -> CatalogEntry:
         size_bytes=0,
         modified_ns=folder.modified_ns,
         facts=None,
-        problem=name_problem or problem(Reason.UNSUPPORTED_MODEL, folder.relative, what, where),
+        problem=name_problem or problem(reason, folder.relative, what, where, is_absent=folder.is_absent),
     )

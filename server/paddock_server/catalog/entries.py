@@ -19,19 +19,22 @@ class CatalogProblem:
     """What keeps a model from being loaded: a sentence, and its parts by name for programs.
 
     `reason` is MODEL_CORRUPT or UNSUPPORTED_MODEL. `metadata` has `file`, relative to the model directory,
-    `what` is wrong with it, and `where`.
+    `what` is wrong with it, and `where`. With `is_absent` there is no file to be wrong.
     """
 
     reason: Reason
     message: str
     metadata: Mapping[str, str]
+    is_absent: bool = False
 
 
-def problem(reason: Reason, file: str, what: str, where: int | str) -> CatalogProblem:
+def problem(
+    reason: Reason, file: str, what: str, where: int | str, *, is_absent: bool = False
+) -> CatalogProblem:
     """A problem in its one form: `where` is an offset in the file in bytes, or what else shows it."""
     place = f"byte {where}" if isinstance(where, int) else where
     sentence = f"{file}: {what} (at {place})" if isinstance(where, int) else f"{file}: {what}"
-    return CatalogProblem(reason, sentence, {"file": file, "what": what, "where": place})
+    return CatalogProblem(reason, sentence, {"file": file, "what": what, "where": place}, is_absent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,11 @@ class CatalogEntry:
     setup: ModelSetup = DEFAULT_SETUP
     hub: HubOrigin | None = None
     absent: HubRef | None = None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether its files are not there."""
+        return self.absent is not None or (self.problem is not None and self.problem.is_absent)
 
 
 def conflict(id_: str, entries: Sequence[CatalogEntry]) -> CatalogEntry:

@@ -43,7 +43,7 @@ class FoundPath:
     """A file or folder in a model directory, as the file system describes it.
 
     `relative` is its path from the model directory, for display. `fault` says why it must not be opened;
-    the figures are zero then.
+    the figures are zero then. With `is_absent` there is nothing to open.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class FoundPath:
     modified_ns: int = 0
     inode: int = 0
     fault: str | None = None
+    is_absent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class ModelRoots:
             found, is_folder = classified
             if is_folder and name not in _FOREIGN_FOLDERS and not name.endswith(_PARTIAL_FOLDER_SUFFIXES):
                 folders.append(found)
-            elif not is_folder and name.endswith(MODEL_SUFFIX):
+            elif not is_folder and name.casefold().endswith(MODEL_SUFFIX):
                 files.append(found)
         return Listing(tuple(files), tuple(folders))
 
@@ -106,7 +107,8 @@ class ModelRoots:
             status = path.stat()
         except FileNotFoundError:
             # What is no link was there a moment ago and has been deleted since.
-            return (FoundPath(path, relative, fault="is a link to nothing"), False) if is_link else None
+            gone = FoundPath(path, relative, fault="is a link to nothing", is_absent=True)
+            return (gone, False) if is_link else None
         except OSError as error:
             return FoundPath(path, relative, fault=f"cannot be opened: {error.strerror}"), False
         is_folder = stat.S_ISDIR(status.st_mode)

@@ -14,7 +14,9 @@ from paddock_server.catalog.roots import MODEL_SUFFIX, FoundPath
 if TYPE_CHECKING:
     from paddock_server.catalog.facts import ModelFacts
 
-_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.ASCII)
+_SHARD_NAME = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?i:\.gguf)", re.DOTALL | re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def grouped(files: Sequence[FoundPath]) -> list[FileGroup]:
     for file in files:
         match = _SHARD_NAME.fullmatch(file.path.name)
         if match is None:
-            groups.append(FileGroup(file.path.name.removesuffix(MODEL_SUFFIX), 1, (1,), (file,)))
+            groups.append(FileGroup(file.path.name[: -len(MODEL_SUFFIX)], 1, (1,), (file,)))
         else:
             shard_sets.setdefault((match["stem"], int(match["count"])), {})[int(match["number"])] = file
     for (stem, count), shards in shard_sets.items():

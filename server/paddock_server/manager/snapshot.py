@@ -95,7 +95,7 @@ def model_proto(
         state=PUBLIC_STATES[state.phase],
         artifact_state=(
             model_pb2.ARTIFACT_STATE_ABSENT
-            if state.gone or entry.absent is not None
+            if state.gone or entry.is_absent
             else model_pb2.ARTIFACT_STATE_DOWNLOADED
         ),
         load_id=state.load_id,

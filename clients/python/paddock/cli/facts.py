@@ -6,7 +6,7 @@ from datetime import datetime
 
 from rich.text import Text
 
-from paddock.cli.listing import expiry_verb
+from paddock.cli.listing import expiry_verb, file_fault
 from paddock.cli.output import (
     ago_text,
     count_text,
@@ -27,7 +27,7 @@ def facts(model: Model, now: datetime | None = None) -> list[Fact]:
         ("Model", model.id),
         *_names(model),
         ("State", state_text(model.state)),
-        ("Files", f"{_source(model.source)}, {size_text(model.size_bytes)}, {model.artifact_state}"),
+        ("Files", _files(model)),
         *_download(model),
         *_info(model),
         *_running(model, now),
@@ -48,6 +48,14 @@ def _names(model: Model) -> list[Fact]:
         ("Known from", "" if model.origin is ModelOrigin.UNKNOWN else model.origin.replace("_", " ")),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _files(model: Model) -> str:
+    """Return where the files are, and how: what lies in a directory of the server was not downloaded."""
+    state = file_fault(model)
+    if not state and isinstance(model.source, HuggingFaceSource):
+        state = str(model.artifact_state)
+    return ", ".join(filter(None, (_source(model.source), size_text(model.size_bytes), state)))
 
 
 def _source(source: ModelSource | None) -> str:
@@ -166,9 +174,10 @@ def _failure(model: Model, now: datetime | None) -> list[Fact]:
         ("Last failure", Text(f"{failure.reason}, {ago_text(failure.failure_time, now)}", style="red")),
         ("", failure.message),
     ]
-    if failure.signal:
+    # The message of most failures has it already.
+    if failure.signal and failure.signal not in failure.message:
         facts.append(("", f"ended by {failure.signal}"))
-    if failure.exit_code is not None:
+    if failure.exit_code is not None and f"code {failure.exit_code}" not in failure.message:
         facts.append(("", f"exit code {failure.exit_code}"))
     if failure.log_tail:
         facts.append(("Last log lines", Text("\n".join(failure.log_tail))))

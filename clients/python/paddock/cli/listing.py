@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+from rich.text import Text
 
 from paddock.cli.output import (
     brief_text,
@@ -15,6 +17,7 @@ from paddock.cli.output import (
 )
 from paddock.sizes import size_text
 from paddock.types import (
+    ArtifactState,
     HuggingFaceSource,
     MemoryPhase,
     Model,
@@ -23,9 +26,6 @@ from paddock.types import (
     RuntimeOptions,
     WorkerInfo,
 )
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 Cell = Callable[[Model, datetime | None], "str | Text"]
 
@@ -77,9 +77,19 @@ def _state(model: Model, now: datetime | None) -> Text:
     return state.append(", pinned") if model.pinned else state
 
 
+def file_fault(model: Model) -> str:
+    """Return what keeps a model's files from being loaded; empty where nothing is known to."""
+    if model.artifact_state is ArtifactState.ABSENT:
+        return "absent"
+    # A server knows facts of every file that it could read.
+    return "broken" if model.info is None and model.artifact_state is ArtifactState.DOWNLOADED else ""
+
+
 def _bare_state(model: Model) -> Text:
     if model.state is ModelState.UNLOADED and model.download is not None:
         return download_text(model.download)
+    if model.state is ModelState.UNLOADED and (fault := file_fault(model)):
+        return Text(fault, style="red" if fault == "broken" else "dim")
     failed = model.state is ModelState.FAILED and model.last_failure
     return state_text(model.state, model.last_failure.reason if failed and model.last_failure else "")
 
