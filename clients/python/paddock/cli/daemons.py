@@ -76,7 +76,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "ctx_size": Annotated[
         int | None,
         typer.Option(
-            "--ctx-size", "-c", help="Tokens the KV cache of a model holds; 0: as trained. [default: 8192]"
+            "--ctx-size",
+            "-c",
+            help="Tokens the KV cache of a model holds; 0: as trained, or what fits. [default: 8192]",
         ),
     ],
     "parallel": Annotated[int | None, typer.Option(help="Sequences a model decodes at once. [default: 4]")],

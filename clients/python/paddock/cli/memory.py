@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
 CacheTypeOption = Annotated[str | None, typer.Option(help="For example f16 or q8_0.")]
 
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size",
+        "-c",
+        min=0,
+        max=MOST,
+        help=(
+            "Tokens the KV cache holds, shared by all sequences; 0: as trained, or the most that fits. "
+            "Left out: what is configured, the server's no more than sequences can use."
+        ),
+    ),
+]
+
 RAM: Final = "RAM"
 """The main memory among the devices."""
 
@@ -35,12 +49,7 @@ def estimate(
     model: ModelArgument,
     server: ServerOption = DEFAULT_SERVER,
     as_json: JsonOption = False,
-    ctx_size: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx-size", "-c", min=0, max=MOST, help="Tokens the KV cache holds; 0: the most that fits."
-        ),
-    ] = None,
+    ctx_size: ContextOption = None,
     parallel: Annotated[int | None, typer.Option(min=1, max=MOST, help="Sequences decoded at once.")] = None,
     n_gpu_layers: Annotated[
         int | None, typer.Option(min=-1, max=MOST, help="Layers on the accelerator; -1: all.")

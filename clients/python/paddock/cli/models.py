@@ -11,7 +11,7 @@ import typer
 
 from paddock.cli import listing, output
 from paddock.cli.facts import facts
-from paddock.cli.memory import CacheTypeOption  # noqa: TC001  # typer reads the annotation
+from paddock.cli.memory import CacheTypeOption, ContextOption  # noqa: TC001  # typer reads the annotation
 from paddock.cli.output import note, seconds_text, write_json
 from paddock.cli.progress import load_view
 from paddock.cli.session import (
@@ -75,10 +75,7 @@ def load(
     model: ModelArgument,
     server: ServerOption = DEFAULT_SERVER,
     as_json: JsonOption = False,
-    ctx_size: Annotated[
-        int | None,
-        typer.Option("--ctx-size", "-c", min=0, max=MOST, help="Tokens the KV cache holds; 0: as trained."),
-    ] = None,
+    ctx_size: ContextOption = None,
     parallel: Annotated[int | None, typer.Option(min=1, max=MOST, help="Sequences decoded at once.")] = None,
     n_gpu_layers: Annotated[
         int | None, typer.Option(min=-1, max=MOST, help="Layers on the accelerator; -1: all.")
