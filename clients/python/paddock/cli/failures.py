@@ -86,12 +86,16 @@ def exit_code(reason: str) -> ExitCode:
     return ExitCode.UNAVAILABLE if row_of(reason).retryable else ExitCode.FAILED
 
 
+_NEAR: Final = 0.7
+"""Likeness of names, of 1, from which one is a hint: below, short names are like anything."""
+
+
 def near_names(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names that somebody may have meant, likeliest first."""
     by_plain: dict[str, str] = {}
     for other in known:
         by_plain.setdefault(_plain(other), other)
-    return [by_plain[near] for near in get_close_matches(_plain(name), by_plain, n=3)]
+    return [by_plain[near] for near in get_close_matches(_plain(name), by_plain, n=3, cutoff=_NEAR)]
 
 
 def _plain(name: str) -> str:
