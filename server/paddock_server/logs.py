@@ -52,6 +52,14 @@ class LogOutput:
         return ("\n" if self._is_cut else "") + text + "\n"
 
 
+def console_renderer() -> structlog.dev.ConsoleRenderer:
+    """Return what writes lines for people. Tracebacks are plain: the default shows the local variables of
+    each frame, and those of a server are prompts, answers and tokens."""
+    return structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+
+
 def configure_logging(level: str, log_format: Literal["auto", "json", "console"]) -> None:
     """Set logging up for this process. Called once, by the command that is run."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
@@ -62,7 +70,7 @@ def configure_logging(level: str, log_format: Literal["auto", "json", "console"]
         structlog.processors.StackInfoRenderer(),
     ]
     renderer: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        [console_renderer()]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -129,7 +129,10 @@ async def test_up_puts_the_gateway_beside_the_server(runs: Runs, server: FakeSer
 
     await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", "0")
 
-    async with connect(server.target) as channel, runs.options["attach"](GrpcApi(channel)) as gateway:
+    async with (
+        connect(server.target) as channel,
+        runs.options["attach"](GrpcApi(channel), asyncio.Event()) as gateway,
+    ):
         body = await asyncio.to_thread(get, f"{gateway.url}/v1/models")
     assert "tiny" in [model["id"] for model in body["data"]]
 
@@ -140,7 +143,7 @@ async def test_up_says_which_flags_help_when_the_http_port_is_taken(
     await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", str(taken_port))
 
     with pytest.raises(server_app.StartError, match=r"choose another with --port\."):
-        async with runs.options["attach"](object()):
+        async with runs.options["attach"](object(), asyncio.Event()):
             pytest.fail("listens")
 
 

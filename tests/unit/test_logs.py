@@ -43,6 +43,36 @@ def test_auto_is_for_people_when_standard_error_is_a_terminal() -> None:
     assert not text.lstrip().startswith("{")
 
 
+SECRET = """
+import sys
+{configure}
+import structlog, logging
+
+def fail(prompt):
+    answer = "secret " + prompt
+    raise RuntimeError("it failed")
+
+for log in (structlog.get_logger(), logging.getLogger("other")):
+    try:
+        fail("-".join(["three", "blind", "mice"]))
+    except RuntimeError:
+        log.exception("something_failed")
+"""
+CONFIGURE = "from paddock_server.logs import configure_logging; configure_logging('info', sys.argv[1])"
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_logged_exception_shows_no_local_variable(log_format: str) -> None:
+    """A newcomer saw prompts and generated tokens in his terminal."""
+    code = SECRET.format(configure=CONFIGURE)
+    done = subprocess.run(
+        [sys.executable, "-c", code, log_format], capture_output=True, text=True, check=True, timeout=30
+    )
+
+    assert done.stderr.count("RuntimeError: it failed") == 2
+    assert "three-blind-mice" not in done.stderr + done.stdout
+
+
 FULL = """
 import resource, sys
 from paddock_server.logs import configure_logging

@@ -201,6 +201,11 @@ class ModelManager:
             await asyncio.wait({self._writer})
         await self._tasks.cancel()
 
+    def hurry(self) -> None:
+        """Give what `stop` lets run on no more time: it ends now, with SHUTTING_DOWN."""
+        for replicas in self._registry.sets.values():
+            replicas.close(0)
+
     @property
     def config(self) -> ManagerConfig:
         """The settings as they are after the latest reload."""

@@ -423,7 +423,7 @@ class ReplicaSet:
             actor.tell(message)
 
     def close(self, drain_seconds: float) -> None:
-        """Have all replicas end, as the server stops."""
+        """Have all replicas end, as the server stops. Once more with 0 ends what still runs."""
         self._closing = CloseAsked(drain_seconds)
         for actor in self.actors:
             actor.tell(self._closing)
