@@ -27,6 +27,7 @@ from paddock_server.memory import MachineWatch
 from paddock_server.reloading import follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
+from paddock_server.state_files import check_directory
 from paddock_server.supervisor import Launcher, LocalLauncher
 
 if TYPE_CHECKING:
@@ -113,9 +114,10 @@ async def serving(
         at_once: Ends the drain when it is set.
 
     Raises:
-        StartError: an address is taken, a model directory cannot be read, or a configuration file does not
-            validate.
+        StartError: an address is taken, a model directory cannot be read, a state directory that was named
+            cannot be written, or a configuration file does not validate.
     """
+    await _check_state_dir(config)
     watch = MachineWatch()
     looking = asyncio.create_task(watch.look(), name="look-at-machine")
     try:
@@ -307,6 +309,34 @@ def manager_config(config: ServerConfig) -> ManagerConfig:
         downloads_file=_state_file(config, "downloads"),
         restore=config.restore,
     )
+
+
+async def _check_state_dir(config: ServerConfig) -> None:
+    """See that what is answered can be kept. Whoever named a directory relies on it; of the default one, in a
+    container without a home perhaps, a warning is enough.
+
+    Raises:
+        StartError: the directory that was named cannot be made or written.
+    """
+    path = config.state_dir
+    if path is None:
+        return
+    try:
+        await asyncio.to_thread(check_directory, path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        if "state_dir" in config.model_fields_set:
+            message = (
+                f"Cannot write to the state directory {path}: {why}. "
+                "Name another with --state-dir, or --state-dir '' to remember nothing."
+            )
+            raise StartError(message) from error
+        log.warning(
+            "state_dir_not_writable",
+            path=str(path),
+            error=why,
+            advice="Loads, pins and downloads are lost when this server ends; --state-dir names another.",
+        )
 
 
 def _state_file(config: ServerConfig, what: str) -> Path | None:

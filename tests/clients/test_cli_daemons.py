@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -95,6 +96,32 @@ def test_what_keeps_a_server_from_starting_is_one_sentence(command: str, runs: R
     result = paddock(command, "--models-dir", str(tmp_path))
 
     assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "Error: The port is taken.\n")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_directory_that_cannot_be_written_ends_the_start_if_it_was_named(
+    tmp_path: Path, named: bool
+) -> None:
+    """`--state-dir /proc/nope` was taken, and everything answered was lost at the end."""
+    (tmp_path / "file").touch()
+    flags = ["--state-dir", str(tmp_path / "file")] if named else []
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "file")}
+    environment.pop("PADDOCK_STATE_DIR", None)
+    command = [sys.executable, "-m", "paddock", "serve", "--models-dir", str(tmp_path), "--grpc-port", "0"]
+    with subprocess.Popen(
+        [*command, *flags, "--log-format", "json"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stderr is not None
+        try:
+            line = server.stderr.readline()
+            if named:
+                assert server.wait(WAY_OUT_SECONDS) == ExitCode.FAILED
+                assert line.startswith(f"Error: Cannot write to the state directory {tmp_path / 'file'}: ")
+                assert server.stderr.read() == ""
+            else:
+                assert json.loads(line)["event"] == "state_dir_not_writable"
+        finally:
+            server.kill()
 
 
 def test_a_server_without_directories_says_what_it_serves(runs: Runs) -> None:
