@@ -5,6 +5,9 @@ The model is foal, which comes with Paddock and answers questions about it. Noth
 
 from __future__ import annotations
 
+import interrupts
+
+# isort: split
 import argparse
 import contextlib
 import os
@@ -32,12 +35,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080, help="HTTP port (8080)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port (50051)")
     ports = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     try:
+        interrupts.raise_from_now_on()
         show(ports.port, ports.grpc_port)
     except StepError as err:
         fail(err)
+    except KeyboardInterrupt:
+        interrupts.leave()
 
 
 def show(port: int, grpc_port: int) -> None:
@@ -53,6 +57,7 @@ def show(port: int, grpc_port: int) -> None:
         )
         raise StepError(msg)
     server = start_server(port, grpc_port)
+    is_up = False
     try:
         wait_until_listening(server, port, grpc_port)
         say(f"loading the model {MODEL}")
@@ -61,9 +66,15 @@ def show(port: int, grpc_port: int) -> None:
         print(flush=True)
         paddock(grpc_port, "run", MODEL, QUESTION, "--temperature", "0")
         tell_what_next(port, grpc_port)
+        is_up = True
         server.wait()
     except KeyboardInterrupt:
         say("stopping")
+        stop(server)
+        if not is_up:
+            raise
+        if server.returncode == -signal.SIGTERM:  # it had not come to handle signals, or was past that
+            return
     finally:
         stop(server)
     if server.returncode != 0:
@@ -111,6 +122,8 @@ def paddock(grpc_port: int, *arguments: str) -> None:
         env={**os.environ, "PADDOCK_SERVER": f"127.0.0.1:{grpc_port}"},
         check=False,
     )
+    if done.returncode == interrupts.INTERRUPTED:
+        raise KeyboardInterrupt
     if done.returncode != 0:
         msg = f"paddock {arguments[0]} ended with status {done.returncode}.\n{log_tail()}"
         raise StepError(msg)
@@ -164,6 +177,8 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def log_tail() -> str:
     lines = SERVER_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    if not lines:
+        return f"It has written nothing to {SERVER_LOG.relative_to(ROOT)}."
     return "\n".join(
         [f"The last lines of {SERVER_LOG.relative_to(ROOT)}:", *(f"    {line}" for line in lines)]
     )

@@ -206,6 +206,40 @@ def test_client_commands_need_no_extra(server: FakeServer) -> None:
     assert done.returncode == ExitCode.OK
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from paddock.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("up", "typer"),
+        ("up", "paddock.cli.daemons"),
+        ("up", "paddock_gateway.app"),
+        ("serve", "paddock_server.app"),
+        ("gateway", "paddock.multiplexed"),
+        ("ls", "paddock.cli.models"),
+    ],
+)
+def test_ctrl_c_while_a_command_still_imports_ends_it_without_a_word(command: str, module: str) -> None:
+    """A newcomer's `paddock up` and Ctrl-C after 0.15 s printed twenty lines of KeyboardInterrupt."""
+    code = INTERRUPTED_IMPORT.format(module=module)
+
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, b"", b"")
+
+
 def test_a_gateway_stands_in_front_of_a_server_until_sigterm(server: FakeServer) -> None:
     command = [sys.executable, "-m", "paddock", "gateway", "--server", server.target, "--port", "0"]
     with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as gateway:

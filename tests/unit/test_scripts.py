@@ -71,6 +71,33 @@ def test_a_step_whose_program_is_missing_names_it(tmp_path: Path) -> None:
         run("building", ["paddock-no-such-tool"], log=tmp_path / "log")
 
 
+INTERRUPTED_IMPORT = """
+import runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Interrupts())
+sys.path.insert(0, {scripts!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [("run_demo.py", "argparse"), ("run_demo.py", "steps"), ("bootstrap.py", "llama_wheel")],
+)
+def test_ctrl_c_while_a_script_still_imports_ends_it_without_a_word(script: str, module: str) -> None:
+    code = INTERRUPTED_IMPORT.format(module=module, scripts=str(SCRIPTS), script=str(SCRIPTS / script))
+
+    done = subprocess.run(python(code), capture_output=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_an_interrupted_step_leaves_no_process_behind(tmp_path: Path) -> None:
     log = tmp_path / "log"
     step = f"run('compiling', ['sh', '-c', 'sleep 300 & echo $!; wait'], log=Path({str(log)!r}))"
