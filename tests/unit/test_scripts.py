@@ -16,6 +16,7 @@ import pytest
 import bootstrap
 import gen_protos
 import llama_wheel
+import run_demo
 from steps import StepError, fingerprint, run
 from tools import lacking_go
 from venvs import Environment, split_lock
@@ -235,3 +236,34 @@ def test_stubs_that_differ_are_counted_and_written(tmp_path: Path, monkeypatch: 
     assert (kept / "v1" / "stale_pb2.py").exists()
     assert gen_protos.compare_or_write(["v1"], made, check=False) == 2
     assert gen_protos.compare_or_write(["v1"], made, check=True) == 0
+
+
+@pytest.mark.parametrize("has_grpcurl", [True, False])
+def test_the_last_page_of_make_run_fits_a_small_terminal_below_the_answer(
+    has_grpcurl: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def which(name: str) -> str | None:
+        return name if has_grpcurl else None
+
+    monkeypatch.setattr(run_demo.shutil, "which", which)
+    monkeypatch.setattr(run_demo, "CACHE", run_demo.ROOT / ".none")
+
+    run_demo.tell_what_next(8080, 50051)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 18  # of 22; the answer takes the others
+    assert max(map(len, lines)) <= 80
+    assert any("make tools" in line for line in lines) is not has_grpcurl
+
+
+def test_ports_that_are_taken_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_listening(port: int) -> bool:
+        return port in taken
+
+    monkeypatch.setattr(run_demo, "is_listening", is_listening)
+    taken = {8080}
+    with pytest.raises(StepError, match=r"^port 8080 is taken"):
+        run_demo.show(8080, 50051)
+    taken = {8080, 50051}
+    with pytest.raises(StepError, match=r"^ports 8080 and 50051 are taken"):
+        run_demo.show(8080, 50051)
