@@ -12,6 +12,8 @@ import structlog
 
 from paddock.api import ModelManagerApi
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
+from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
 from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError, Place, Problem
 from paddock_server.config import CHANGES_IN_PLACE, ConfigError, setting_lines
 from paddock_server.logs import configure_logging
@@ -45,6 +47,9 @@ log = structlog.get_logger()
 AT_ONCE_SECONDS: Final = 15.0
 """The longest a stop at once may take: SIGTERM, SIGKILL and the time-outs between them. It takes
 milliseconds, but for a process that hangs in a driver."""
+
+SETTLE_SECONDS: Final = 5.0
+"""How long whoever started the server waits, for the loads of the start, to be told that it serves."""
 
 STREAM_CLOSE_SECONDS: Final = 1.0
 """What is left after the drain (health watches, slow readers) gets this long before it is cancelled."""
@@ -189,7 +194,6 @@ async def _running(
         log.info("server_ready", grpc=rpc.address)
         files = [path for path in (config.models_preset, config.config_file) if path is not None]
         async with reloading(service, files):
-            parts.onlooker.ready(rpc.address)
             yield RunningServer(service, rpc.address)
     finally:
         rpc.announce_stop()
@@ -232,16 +236,47 @@ async def run_server(
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then let what runs end; a second signal ends it at once. The
     process is to end after that."""
+    onlooker = onlooker or _Nobody()
     async with (
         told_to_stop(ends_process=True) as stop,
         serving(config, attach=attach, onlooker=onlooker, at_once=stop.at_once) as server,
     ):
         settle_heap()
-        hangups = asyncio.create_task(follow_hangups(server.service), name="hangups")
+        beside = [
+            asyncio.create_task(follow_hangups(server.service), name="hangups"),
+            asyncio.create_task(_tell_when_settled(server, onlooker), name="tell-when-settled"),
+        ]
         try:
             await stop.asked.wait()
         finally:
-            hangups.cancel()
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside, timeout=STREAM_CLOSE_SECONDS)
+
+
+async def _tell_when_settled(server: RunningServer, onlooker: Onlooker) -> None:
+    """Tell an onlooker that calls are accepted, once the loads of the start are over: what they log would
+    push it out of sight. Who waits for a large one is told before."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_SECONDS):
+            await _settled(server.service)
+    onlooker.ready(server.grpc_address)
+
+
+async def _settled(service: ModelManagerApi) -> None:
+    """Wait until no model is loading."""
+    loading: set[str] = set()
+    known = False
+    async with contextlib.aclosing(service.watch(pb.WatchRequest())) as responses:
+        async for response in responses:
+            known = known or response.HasField("synced")
+            model = response.changed.model
+            if model.state == model_pb2.MODEL_STATE_LOADING:
+                loading.add(model.id)
+            else:
+                loading.discard(model.id or response.deleted.model)
+            if known and not loading:
+                return
 
 
 def run(config: ServerConfig, *, attach: Attach | None = None, onlooker: Onlooker | None = None) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -19,6 +22,7 @@ from paddock.cli.failures import ExitCode
 from paddock_server import app as server_app
 from paddock_server.config import ServerConfig
 from tests.clients.fake_server import WAY_OUT_SECONDS
+from tests.clients.terminal import terminal
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -54,6 +58,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 def paddock(*arguments: str, **environment: str) -> Result:
     return CliRunner(env=environment).invoke(app, arguments)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -255,6 +265,40 @@ def test_a_gateway_stands_in_front_of_a_server_until_sigterm(server: FakeServer)
             assert gateway.wait(WAY_OUT_SECONDS) == ExitCode.OK
         finally:
             gateway.kill()
+
+
+def test_a_gateway_says_when_no_server_answers_and_when_one_does(free_port: int) -> None:
+    target = f"127.0.0.1:{free_port}"
+    command = [sys.executable, "-m", "paddock", "gateway", "--server", target, "--port", "0"]
+    backend = grpc.server(ThreadPoolExecutor(1))
+    with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert gateway.stderr is not None
+            before = [json.loads(gateway.stderr.readline()) for _ in range(2)]
+            backend.add_insecure_port(target)
+            backend.start()
+            after = json.loads(gateway.stderr.readline())
+            gateway.send_signal(signal.SIGTERM)
+
+            assert gateway.wait(WAY_OUT_SECONDS) == ExitCode.OK
+            assert "Traceback" not in gateway.stderr.read()
+        finally:
+            gateway.kill()
+            backend.stop(None)
+
+    assert [line["event"] for line in before] == ["gateway_ready", "server_not_reached"]
+    assert (before[1]["level"], before[1]["server"]) == ("warning", target)
+    assert (after["event"], after["server"]) == ("server_reached", target)
+
+
+def test_a_gateway_in_a_terminal_says_where_it_is_and_how_it_stops(server: FakeServer) -> None:
+    with terminal(server.target, "gateway", "--port", "0") as gateway:
+        said = gateway.read_until("Ctrl-C stops the gateway.")
+        assert re.search(r"HTTP   http://127\.0\.0\.1:\d+/v1", said)
+        assert server.target in said
+        gateway.interrupt()
+        assert "Ctrl-C again stops at once." in gateway.read_to_end()
+        assert gateway.exit_code() == ExitCode.OK
 
 
 def test_a_gateway_whose_port_is_taken_says_so_in_one_line(taken_port: int) -> None:

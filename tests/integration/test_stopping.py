@@ -20,6 +20,7 @@ from paddock.errors import PaddockError, Reason
 from paddock.transport import GrpcApi, connect
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
+from tests.clients.terminal import terminal
 from tests.servers import START_SECONDS, wait_until
 
 if TYPE_CHECKING:
@@ -130,3 +131,22 @@ async def test_a_second_signal_tells_every_stream_why_and_leaves_neither_traceba
     assert "stopping_at_once" in log
     assert not any(word in log for word in ("Traceback", "Error", "destroyed", SECRET, "locals")), log
     assert [worker for worker in workers if worker.is_running()] == []
+
+
+def test_the_addresses_come_last_below_what_remembered_loads_log(models_dir: Path, tmp_path: Path) -> None:
+    flags = ["up", "--models-dir", str(models_dir), "--grpc-port", "0", "--port", "0"]
+    flags += ["--state-dir", str(tmp_path / "state")]
+    state = tmp_path / "state" / "loads-0.json"
+    state.parent.mkdir()
+    state.write_text('{"version": 1, "loads": [{"model": "noise", "options": {}}]}')
+
+    with terminal("", *flags) as server:
+        said = server.read_until("Ctrl-C stops the server.")
+        server.interrupt()
+        server.read_to_end()
+        assert server.exit_code() == 0
+
+    assert "load_replayed" in said
+    assert re.search(r"RAM\S*=\S*[\d.]+ [KMGT]iB", re.sub(r"\x1b\[\d+m", "", said))
+    assert said.index("model_state_changed") < said.index("HTTP   http://")
+    assert said.rindex("ready") < said.index("HTTP   http://")

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from paddock.cli import output
-from paddock.cli.announcing import Person
+from paddock.cli.announcing import Person, told_how_it_stops, told_of_the_server
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
 from paddock.cli.session import DEFAULT_SERVER, ServerOption
-from paddock.daemons import Stop, is_exposed, loop_factory, settle_heap, told_to_stop
+from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 
 if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
@@ -250,7 +250,7 @@ def gateway(
     from paddock.transport import connect
 
     configure_logging(log_level, log_format)
-    person = Person(log_format)
+    person = Person(log_format, server=server)
 
     async def run() -> None:
         options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
@@ -258,7 +258,7 @@ def gateway(
             connect(server) as channel,
             MultiplexedApi(channel) as api,
             told_to_stop(ends_process=True) as stop,
-            _told_how_it_stops(person, stop, drain_seconds),
+            told_how_it_stops(person, stop, drain_seconds),
             serve(
                 api, host, port, drain_seconds=drain_seconds, options=options, at_once=stop.at_once
             ) as running,
@@ -266,8 +266,8 @@ def gateway(
             _log_gateway(running)
             person.http_url = running.url
             settle_heap()
-            person.ready("")
-            await stop.asked.wait()
+            async with told_of_the_server(channel, person, server):
+                await stop.asked.wait()
 
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -275,28 +275,6 @@ def gateway(
     except ListenError as error:
         output.error(str(error))
         raise typer.Exit(ExitCode.FAILED) from error
-
-
-@contextlib.asynccontextmanager
-async def _told_how_it_stops(person: Person, stop: Stop, drain_seconds: float) -> AsyncGenerator[None]:
-    """Tell the log and a person of the signals that come while the block runs."""
-    import structlog
-
-    log = structlog.get_logger()
-
-    async def tell() -> None:
-        await stop.asked.wait()
-        log.info("gateway_draining", seconds=drain_seconds)
-        person.draining(drain_seconds)
-        await stop.at_once.wait()
-        log.warning("gateway_stopping_at_once")
-        person.stopping_at_once()
-
-    telling = asyncio.create_task(tell(), name="tell-how-it-stops")
-    try:
-        yield
-    finally:
-        telling.cancel()
 
 
 @contextlib.contextmanager
