@@ -24,7 +24,7 @@ class Person:
     """Who started a server, if it is somebody at a terminal; else nothing is said."""
 
     def __init__(self, log_format: str, *, server: str = "") -> None:
-        """`log_format` is the one of the log: who asked for JSON is no reader of sentences. `server` is the one
+        """`log_format` is the one of the log: who asked for JSON is no reader of sentences. `server` is what
         a gateway stands in front of."""
         self._listens = sys.stderr.isatty() and log_format != "json"
         self._server = server
