@@ -427,10 +427,10 @@ class ModelManager:
 
     def _take_over(self, settings: Settings) -> bool:
         """Go by other settings of the server from now on; return whether they are others."""
-        if settings.config == self._rules.config:
+        if settings.config == self._rules.config and settings.admission == self._rules.admission:
             return False
         log.info("settings_changed")
-        self._rules.config = self._rules.config = settings.config
+        self._rules.config = settings.config
         self._rules.limits = _limits(settings.config)
         self._rules.admission = settings.admission
         return True
