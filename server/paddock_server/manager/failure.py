@@ -260,6 +260,26 @@ def never_fits(model: str, figures: Mapping[str, str]) -> Failure:
     )
 
 
+def too_many_replicas(model: str, count: int, models_max: int) -> Failure:
+    """Return the refusal of more replicas than there may be workers."""
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"Model {model!r} cannot have {count} replicas: models_max is {models_max}, and each replica counts. "
+        "Ask for fewer replicas, or start the server with a higher --models-max.",
+        {"model": model, "replica_count": str(count), "models_max": str(models_max)},
+    )
+
+
+def replicas_never_fit(model: str, count: int, figures: Mapping[str, str]) -> Failure:
+    """Return the refusal of replicas that would not fit together beside nothing at all."""
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"{count} replicas of model {model!r} do not fit even when nothing else is loaded: {_told(figures)}. "
+        "Ask for fewer replicas.",
+        {"model": model, "replica_count": str(count), **figures},
+    )
+
+
 def _told(figures: Mapping[str, str]) -> str:
     """Return figures of an admission for a person; programs take the bytes from the metadata."""
     return ", ".join(_figure(*name.partition("."), value) for name, value in figures.items())

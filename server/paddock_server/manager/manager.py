@@ -18,6 +18,7 @@ from paddock_server.manager import failure as failures
 from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.fitting import Fitting
 from paddock_server.manager.hub import HubModels, HubTools
 from paddock_server.manager.loop import Limited, ManagerLoop, ReplicaLoop
 from paddock_server.manager.messages import Conflict, LoadAsked
@@ -117,8 +118,10 @@ class ModelManager:
         self.memory_measured = predicts.measured
         """Gives the bytes that an earlier load of the same was measured to take, by device."""
 
-        set_tools = self._set_tools(launcher, predicts)
+        fitting = Fitting(predicts)
+        set_tools = self._set_tools(launcher, predicts, fitting)
         registry_tools = RegistryTools(
+            never_fits=fitting.refusal,
             instance_id=self.instance_id,
             new_set=lambda entry: ReplicaSet(entry, set_tools),
             hub_id_of=lambda name: self.hub.id_of(name),
@@ -131,7 +134,7 @@ class ModelManager:
         self._pending = PendingLoads(self.hub, self._desired, self._load_by_id)
         self._waiting = 0
 
-    def _set_tools(self, launcher: WorkerLauncher, predictor: Predictor) -> SetTools:
+    def _set_tools(self, launcher: WorkerLauncher, predictor: Predictor, fitting: Fitting) -> SetTools:
         def tools_of(replica: str) -> Tools:
             return Tools(
                 launcher=launcher,
@@ -147,6 +150,7 @@ class ModelManager:
             new_state=lambda entry: self._registry.new_state(entry),
             started=self._started,
             ended=self._ended,
+            never_fits=lambda entry, load, terms: fitting.refusal(entry, load, terms, self._rules.admission),
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
             expect=self._expect,

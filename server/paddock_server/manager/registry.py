@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,14 +19,22 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import NO_DEFAULTS, CatalogEntry, CatalogError, InvalidConfigError
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import EntryFound
-from paddock_server.manager.messages import DefaultsSet, FileFound, FileGone, TermsSet
-from paddock_server.manager.options import default_options, terms_of
+from paddock_server.manager.admission import Admission
+from paddock_server.manager.failure import Failure
+from paddock_server.manager.messages import DefaultsSet, FileFound, FileGone, NextLoad, TermsSet
+from paddock_server.manager.options import Terms, default_options, terms_of
 from paddock_server.manager.replica_set import ReplicaSet
-from paddock_server.manager.sources import config_problem, entry_problem, other_file, reload_error
+from paddock_server.manager.sources import (
+    config_problem,
+    entry_problem,
+    other_file,
+    reload_error,
+    unfit_problem,
+)
 from paddock_server.manager.state import ActorState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -51,6 +59,9 @@ class RegistryTools:
 
     new_set: Callable[[CatalogEntry], ReplicaSet]
     """Begins to serve a model."""
+
+    never_fits: Callable[[CatalogEntry, NextLoad, Terms, Admission], Awaitable[Failure | None]]
+    """Returns why a load does not fit even when nothing else is loaded."""
 
     hub_id_of: Callable[[str], str]
     """Returns the id that an `hf:` name means, or the name itself."""
@@ -210,15 +221,34 @@ class Registry:
                 found = await asyncio.to_thread(self._scan, reread=True)
             except (InvalidConfigError, CatalogError) as error:
                 raise reload_error(error) from error
+            unfit = await self._unfit(found, settings or self._rules)
             if self._closing:
                 raise failures.shutting_down().error()
             own = settings is not None and take_over(settings)
-            response = self._apply(found, reloading=True)
+            response = self._apply(found, reloading=True, left=unfit.keys())
             if own:
                 self._set_defaults(found)
             problems = [*self._catalog.problems, *(settings.problems if settings is not None else ())]
             response.problems.extend(config_problem(one) for one in problems)
+            response.problems.extend(unfit_problem(found[model], unfit[model]) for model in unfit)
             return response
+
+    async def _unfit(
+        self, found: Mapping[str, CatalogEntry], settings: Settings | Rules
+    ) -> dict[str, Failure]:
+        """Return the loaded models that a reload is not to load anew: that load could never fit."""
+        unfit: dict[str, Failure] = {}
+        for model, entry in found.items():
+            replicas = self._sets.get(model)
+            if replicas is None or entry.absent is not None or replicas.entry == entry:
+                continue
+            options = replicas.wish.filled(default_options(settings.config, entry.facts, entry.setup))
+            if replicas.would_load_anew(entry, options):
+                load = NextLoad(options, explicit=False, wish=replicas.wish)
+                failure = await self._tools.never_fits(entry, load, replicas.terms, settings.admission)
+                if failure is not None:
+                    unfit[model] = failure
+        return unfit
 
     async def _scan_soon(self) -> None:
         """Wait for a scan that begins after this call. Any number of callers share one a second."""
@@ -251,8 +281,11 @@ class Registry:
                 continue
         return found
 
-    def _apply(self, found: Mapping[str, CatalogEntry], *, reloading: bool = False) -> pb.ReloadResponse:
-        """Take over what a scan found; only a reload touches the loads that are under way."""
+    def _apply(
+        self, found: Mapping[str, CatalogEntry], *, reloading: bool = False, left: Collection[str] = ()
+    ) -> pb.ReloadResponse:
+        """Take over what a scan found; only a reload touches the loads that are under way, but those of the
+        models that are `left` as they are."""
         difference = pb.ReloadResponse()
         self._names = {name: model for model, entry in found.items() for name in entry.setup.names}
         self._desired.follow(found, self._names, lambda model: file_of(found[model]))
@@ -262,7 +295,7 @@ class Registry:
                 self._sets[model] = self._tools.new_set(entry)
                 difference.added.append(model)
             elif replicas.is_gone or (replicas.entry is not entry and replicas.entry != entry):
-                self._follow(replicas, entry, reloading=reloading)
+                self._follow(replicas, entry, reloading=reloading and model not in left)
                 difference.changed.append(model)
             else:
                 difference.unchanged_count += 1

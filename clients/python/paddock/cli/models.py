@@ -88,7 +88,8 @@ def load(
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, max=16, help="Worker processes that serve it.")
+        int | None,
+        typer.Option(min=1, max=16, help="Worker processes that serve it; each counts in --models-max."),
     ] = None,
     idle_timeout_seconds: Annotated[
         float | None, typer.Option(min=0, help="Unload after so long without use; 0: never.")
