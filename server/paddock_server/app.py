@@ -24,7 +24,7 @@ from paddock_server.manager import (
     Settings,
 )
 from paddock_server.memory import MachineWatch
-from paddock_server.reloading import follow_hangups, reloading
+from paddock_server.reloading import Sources, follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
 from paddock_server.supervisor import LocalLauncher
@@ -136,7 +136,7 @@ async def _running(
             log.warning("config_problem", problem=str(problem))
         log.info("server_ready", grpc=rpc.address)
         files = [path for path in (config.models_preset, config.config_file) if path is not None]
-        async with reloading(service, files):
+        async with reloading(service, Sources(files, catalog.stamps, manager.rescan)):
             yield RunningServer(service, rpc.address)
     finally:
         log.info("server_draining", seconds=manager.config.drain_seconds)

@@ -424,6 +424,14 @@ class ModelManager:
         self._loop.tell(Limited(self._rules.admission))
         return response
 
+    async def rescan(self) -> None:
+        """Read the model directories again, as somebody has seen that they have changed.
+
+        Raises:
+            PaddockError: SHUTTING_DOWN.
+        """
+        await self._registry.scan_soon()
+
     def _take_over(self, settings: Settings) -> bool:
         """Go by other settings of the server from now on; return whether they are others."""
         if settings.config == self._rules.config:

@@ -120,7 +120,7 @@ class Registry:
             PaddockError: MODEL_NOT_FOUND, SHUTTING_DOWN.
         """
         if self.id_of(name) not in self._sets:
-            await self._scan_soon()
+            await self.scan_soon()
         try:
             return self._sets[self.id_of(name)]
         except KeyError:
@@ -134,7 +134,7 @@ class Registry:
         """
         replicas = self._sets.get(self.id_of(name))
         if replicas is not None and (replicas.entry.problem is not None or replicas.is_given_up):
-            await self._scan_soon()
+            await self.scan_soon()
         return await self.find(name)
 
     async def load_target(self, request: pb.LoadRequest) -> ReplicaSet:
@@ -250,7 +250,7 @@ class Registry:
                     unfit[model] = failure
         return unfit
 
-    async def _scan_soon(self) -> None:
+    async def scan_soon(self) -> None:
         """Wait for a scan that begins after this call. Any number of callers share one a second."""
         if self._closing:
             raise failures.shutting_down().error()
