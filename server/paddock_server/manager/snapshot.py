@@ -168,6 +168,13 @@ def _worker(worker: LiveWorker, state: ActorState) -> model_pb2.Worker:
     return proto
 
 
+def forgotten(name: str) -> model_pb2.Model:
+    """Return a model of which there was nothing but what was remembered."""
+    return model_pb2.Model(
+        id=name, state=model_pb2.MODEL_STATE_UNLOADED, artifact_state=model_pb2.ARTIFACT_STATE_ABSENT
+    )
+
+
 def logs_response(batch: LogBatch) -> pb.StreamLogsResponse:
     """Return lines of a log as they are streamed."""
     response = pb.StreamLogsResponse(dropped_line_count=batch.dropped_line_count)

@@ -72,6 +72,17 @@ class Rules:
     admission: Admission
 
 
+def limits_of(config: ManagerConfig) -> Limits:
+    """Return what of the settings the transitions of a model go by."""
+    return Limits(
+        waiters_max=config.queue_limit,
+        drain_seconds=config.drain_seconds,
+        admission_timeout_seconds=config.admission_timeout_seconds,
+        restart=config.restart,
+        load_restart=config.load_restart,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What an actor works with."""

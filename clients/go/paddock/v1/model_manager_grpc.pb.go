@@ -76,6 +76,8 @@ type ModelManagerClient interface {
 	// Succeeds when the model is already unloaded. Aborts a load in progress, for
 	// all who called it. One that still downloads its model ends with it: the
 	// download goes on when somebody called `Download` for it, and else is paused.
+	// A model that is not there any more, and is remembered from when it was, is
+	// forgotten.
 	Unload(ctx context.Context, in *UnloadRequest, opts ...grpc.CallOption) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.
@@ -468,6 +470,8 @@ type ModelManagerServer interface {
 	// Succeeds when the model is already unloaded. Aborts a load in progress, for
 	// all who called it. One that still downloads its model ends with it: the
 	// download goes on when somebody called `Download` for it, and else is paused.
+	// A model that is not there any more, and is remembered from when it was, is
+	// forgotten.
 	Unload(context.Context, *UnloadRequest) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.

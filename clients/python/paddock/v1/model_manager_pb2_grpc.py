@@ -181,6 +181,8 @@ class ModelManagerServicer(object):
         Succeeds when the model is already unloaded. Aborts a load in progress, for
         all who called it. One that still downloads its model ends with it: the
         download goes on when somebody called `Download` for it, and else is paused.
+        A model that is not there any more, and is remembered from when it was, is
+        forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -66,6 +66,8 @@ class ModelManagerStub:
     Succeeds when the model is already unloaded. Aborts a load in progress, for
     all who called it. One that still downloads its model ends with it: the
     download goes on when somebody called `Download` for it, and else is paused.
+    A model that is not there any more, and is remembered from when it was, is
+    forgotten.
     """
     Sleep: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]
     """Has a loaded model give its memory back while its process stays, and
@@ -224,6 +226,8 @@ class ModelManagerAsyncStub(ModelManagerStub):
     Succeeds when the model is already unloaded. Aborts a load in progress, for
     all who called it. One that still downloads its model ends with it: the
     download goes on when somebody called `Download` for it, and else is paused.
+    A model that is not there any more, and is remembered from when it was, is
+    forgotten.
     """
     Sleep: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]  # type: ignore[assignment]
     """Has a loaded model give its memory back while its process stays, and
@@ -391,6 +395,8 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         Succeeds when the model is already unloaded. Aborts a load in progress, for
         all who called it. One that still downloads its model ends with it: the
         download goes on when somebody called `Download` for it, and else is paused.
+        A model that is not there any more, and is remembered from when it was, is
+        forgotten.
         """
 
     @_abc_1.abstractmethod
