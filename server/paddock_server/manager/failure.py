@@ -212,6 +212,15 @@ def not_downloaded(model: str) -> Failure:
     )
 
 
+def no_files(model: str) -> Failure:
+    """Return the refusal to delete a model that has not been downloaded."""
+    return Failure(
+        Reason.MODEL_NOT_LOADED,
+        f"Model {model!r} is not on this machine; there are no files of it to delete.",
+        {"model": model, "downloaded": "false"},
+    )
+
+
 def model_in_use(model: str, requests: int) -> Failure:
     """Return the refusal of a call that would take the model from requests that use it."""
     return Failure(

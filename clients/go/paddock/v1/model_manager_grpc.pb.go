@@ -166,7 +166,8 @@ type ModelManagerClient interface {
 	// apart from those that another revision uses, and forgets its download.
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-	// download of it runs. Files in a model directory are the operator's: they
+	// download of it runs, and when a configuration file names it and it has no
+	// files yet. Files in a model directory are the operator's: they
 	// are refused with `INVALID_ARGUMENT`.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.
@@ -560,7 +561,8 @@ type ModelManagerServer interface {
 	// apart from those that another revision uses, and forgets its download.
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-	// download of it runs. Files in a model directory are the operator's: they
+	// download of it runs, and when a configuration file names it and it has no
+	// files yet. Files in a model directory are the operator's: they
 	// are refused with `INVALID_ARGUMENT`.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.

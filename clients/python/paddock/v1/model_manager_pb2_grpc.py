@@ -341,7 +341,8 @@ class ModelManagerServicer(object):
         apart from those that another revision uses, and forgets its download.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-        download of it runs. Files in a model directory are the operator's: they
+        download of it runs, and when a configuration file names it and it has no
+        files yet. Files in a model directory are the operator's: they
         are refused with `INVALID_ARGUMENT`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

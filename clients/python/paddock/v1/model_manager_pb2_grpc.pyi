@@ -165,7 +165,8 @@ class ModelManagerStub:
     apart from those that another revision uses, and forgets its download.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-    download of it runs. Files in a model directory are the operator's: they
+    download of it runs, and when a configuration file names it and it has no
+    files yet. Files in a model directory are the operator's: they
     are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]
@@ -325,7 +326,8 @@ class ModelManagerAsyncStub(ModelManagerStub):
     apart from those that another revision uses, and forgets its download.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-    download of it runs. Files in a model directory are the operator's: they
+    download of it runs, and when a configuration file names it and it has no
+    files yet. Files in a model directory are the operator's: they
     are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
@@ -578,7 +580,8 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         apart from those that another revision uses, and forgets its download.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-        download of it runs. Files in a model directory are the operator's: they
+        download of it runs, and when a configuration file names it and it has no
+        files yet. Files in a model directory are the operator's: they
         are refused with `INVALID_ARGUMENT`.
         """
 
