@@ -30,7 +30,7 @@ from paddock_server.rpc.service import ModelManagerService
 from paddock_server.supervisor import LocalLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -99,8 +99,10 @@ async def serving(
         launcher=launcher or LocalLauncher(),
         config=manager_config(config),
         admission=MemoryAdmission(config.models_max, budget),
-        predictor=MemoryPredictor(machine.placement, budget, measured, version=release),
-        settings=lambda: _settings(config, budget),
+        predictor=MemoryPredictor(
+            machine.placement, lambda: manager.memory_budget, measured, version=release
+        ),
+        settings=lambda: _settings(config, machine),
     )
     service = ModelManagerService(manager, version=release, machine=watch)
     async with measured.kept(), _running(config, catalog, manager, service, attach) as server:
@@ -203,8 +205,10 @@ def memory_budget(machine: Machine, config: ServerConfig) -> dict[str, int]:
     return budget
 
 
-def _settings(config: ServerConfig, budget: Mapping[str, int]) -> Settings:
+def _settings(config: ServerConfig, machine: Machine) -> Settings:
     """Read the settings again: those that can change while the server runs, and which others have changed.
+
+    `machine` is as it was at the start, before models took memory.
 
     Raises:
         InvalidConfigError: the configuration does not validate.
@@ -222,7 +226,7 @@ def _settings(config: ServerConfig, budget: Mapping[str, int]) -> Settings:
         if key not in CHANGES_IN_PLACE and value != getattr(config, key)
     ]
     merged = config.model_copy(update={key: values[key] for key in CHANGES_IN_PLACE})
-    admission = MemoryAdmission(merged.models_max, budget)
+    admission = MemoryAdmission(merged.models_max, memory_budget(machine, merged))
     return Settings(manager_config(merged), admission, tuple(problems))
 
 

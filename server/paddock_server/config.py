@@ -26,6 +26,8 @@ ENV_PREFIX = "PADDOCK_"
 CHANGES_IN_PLACE = frozenset(
     {
         "models_max",
+        "memory_budget",
+        "memory_margin",
         "models_autoload",
         "autoload_downloads",
         "ctx_size",

@@ -335,6 +335,30 @@ async def test_a_reload_with_fewer_places_has_the_least_recently_used_idle_model
         await until_states(api, a=model_pb2.MODEL_STATE_LOADED, b=model_pb2.MODEL_STATE_UNLOADED)
 
 
+async def test_a_reload_with_a_smaller_memory_budget_has_idle_models_go_and_larger_loads_refused(
+    place: Place,
+) -> None:
+    place.toml.write_text("")
+    async with place.served() as api:
+        for model in ("b", "a"):
+            await generate(api, model)
+        estimate = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        needed = estimate.devices[0].needed_bytes
+        place.toml.write_text(f'memory_budget = "RAM={needed * 3 // 2}"\n')
+        response = await api.reload(pb.ReloadRequest())
+        await until_states(api, a=model_pb2.MODEL_STATE_LOADED, b=model_pb2.MODEL_STATE_UNLOADED)
+        shown = await api.estimate_memory(pb.EstimateMemoryRequest(model="a"))
+        place.toml.write_text(f'memory_budget = "RAM={needed // 2}"\n')
+        await api.reload(pb.ReloadRequest())
+        await until_states(api, a=model_pb2.MODEL_STATE_UNLOADED)
+        with pytest.raises(PaddockError) as refused:
+            await generate(api, "b")
+
+    assert not response.problems
+    assert shown.devices[0].budget_bytes == needed * 3 // 2
+    assert refused.value.reason == Reason.INSUFFICIENT_MEMORY
+
+
 async def test_a_model_that_a_reload_pins_and_leaves_no_room_beside_stays(place: Place) -> None:
     place.toml.write_text("models_max = 2\n")
     async with place.served() as api:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paddock_server.app import manager_config
+from paddock_server.app import manager_config, memory_budget
 from paddock_server.config import CHANGES_IN_PLACE, DEMO_DIR, ConfigError, ServerConfig
+from paddock_server.memory import RAM, DeviceMemory, Machine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,12 +117,16 @@ def test_an_empty_state_directory_remembers_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_settings_that_change_in_place_are_settings_and_reach_the_manager() -> None:
     assert ServerConfig.model_fields.keys() >= CHANGES_IN_PLACE
+    machine = Machine((DeviceMemory(RAM, RAM, 1 << 30, 1 << 30),))
     before = ServerConfig.load({})
     others: dict[str, Any] = {"models_autoload": False, "autoload_downloads": True}
     others |= {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+    others |= {"memory_budget": {RAM: 1}, "memory_margin": 0.5}
     for name in sorted(CHANGES_IN_PLACE):
         value = others[name] if name in others else getattr(before, name) + 1
-        assert manager_config(before) != manager_config(before.model_copy(update={name: value})), name
+        after = before.model_copy(update={name: value})
+        reached = [(manager_config(one), memory_budget(machine, one)) for one in (before, after)]
+        assert reached[0] != reached[1], name
 
 
 def test_a_configuration_is_read_again_under_the_same_flags(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def predictor(
     version: str = "1",
 ) -> MemoryPredictor:
     return MemoryPredictor(
-        placement or Placement(), {RAM: budget}, measurements or Measurements(None), version=version
+        placement or Placement(), lambda: {RAM: budget}, measurements or Measurements(None), version=version
     )
 
 

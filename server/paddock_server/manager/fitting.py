@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from paddock_server.manager import failure as failures
 from paddock_server.manager.admission import NO_EXCESS, Admission, Cost
 from paddock_server.manager.prediction import Predictor, are_slots_set
+from paddock_server.manager.tools import Rules
 
 if TYPE_CHECKING:
     from paddock_server.catalog import CatalogEntry
@@ -25,15 +26,15 @@ class Fitting:
     """Says whether loads could ever fit."""
 
     predictor: Predictor
+    rules: Rules
 
-    async def refusal(
-        self, entry: CatalogEntry, load: NextLoad, terms: Terms, admission: Admission
-    ) -> Failure | None:
+    async def refusal(self, entry: CatalogEntry, load: NextLoad, terms: Terms) -> Failure | None:
         """Return why a load, with all its replicas, does not fit even when nothing else is loaded."""
         keeps_slots = are_slots_set(entry, load.wish)
         prediction = await asyncio.to_thread(
             self.predictor.predict, entry, load.options, keeps_slots=keeps_slots
         )
+        admission = self.rules.admission
         cost = admission.predicted(prediction.device_bytes, terms, entry.id)
         return too_large(entry.id, cost, load.options.replica_count, admission)
 

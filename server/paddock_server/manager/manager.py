@@ -117,7 +117,7 @@ class ModelManager:
         self.memory_measured = predicts.measured
         """Gives the bytes that an earlier load of the same was measured to take, by device."""
 
-        fitting = Fitting(predicts)
+        fitting = Fitting(predicts, self._rules)
         set_tools = self._set_tools(launcher, predicts, fitting)
         registry_tools = RegistryTools(
             never_fits=fitting.refusal,
@@ -149,7 +149,7 @@ class ModelManager:
             new_state=lambda entry: self._registry.new_state(entry),
             started=self._started,
             ended=self._ended,
-            never_fits=lambda entry, load, terms: fitting.refusal(entry, load, terms, self._rules.admission),
+            never_fits=fitting.refusal,
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
             expect=self._expect,
@@ -442,10 +442,10 @@ class ModelManager:
 
     def _take_over(self, settings: Settings) -> bool:
         """Go by other settings of the server from now on; return whether they are others."""
-        if settings.config == self._rules.config:
+        if settings.config == self._rules.config and settings.admission == self._rules.admission:
             return False
         log.info("settings_changed")
-        self._rules.config = self._rules.config = settings.config
+        self._rules.config = settings.config
         self._rules.limits = limits_of(settings.config)
         self._rules.admission = settings.admission
         return True

@@ -3,7 +3,7 @@ was measured of the same files with the same options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,10 +66,16 @@ class MemoryPredictor:
     """Predicts by the rules of `paddock_server.memory`."""
 
     def __init__(
-        self, placement: Placement, budget: Mapping[str, int], measurements: Measurements, *, version: str
+        self,
+        placement: Placement,
+        budget: Callable[[], Mapping[str, int]],
+        measurements: Measurements,
+        *,
+        version: str,
     ) -> None:
-        """`placement` says how models are placed on this machine, `budget` which bytes there are by device.
-        What `measurements` have of another `version` of the server or of other devices does not count."""
+        """`placement` says how models are placed on this machine, `budget` returns which bytes there are by
+        device now. What `measurements` have of another `version` of the server or of other devices does not
+        count."""
         self._placement = placement
         self._budget = budget
         self._measurements = measurements
@@ -80,7 +86,7 @@ class MemoryPredictor:
         if entry.facts is None:  # Its problem has been told before.
             return Prediction({}, options)
         shape = shape_of(entry)
-        sized = sized_options(shape, options, self._placement, self._budget, keeps_slots=keeps_slots)
+        sized = sized_options(shape, options, self._placement, self._budget(), keeps_slots=keeps_slots)
         sizes = estimate(shape, load_options(sized), self._placement).totals
         return Prediction({**sizes, **self.measured(entry, sized)}, sized, self._key(entry, sized))
 

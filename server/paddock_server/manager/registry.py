@@ -19,7 +19,6 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import NO_DEFAULTS, CatalogEntry, CatalogError, InvalidConfigError
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import EntryFound
-from paddock_server.manager.admission import Admission
 from paddock_server.manager.failure import Failure
 from paddock_server.manager.messages import DefaultsSet, FileFound, FileGone, NextLoad, TermsSet
 from paddock_server.manager.options import Terms, default_options, terms_of
@@ -60,7 +59,7 @@ class RegistryTools:
     new_set: Callable[[CatalogEntry], ReplicaSet]
     """Begins to serve a model."""
 
-    never_fits: Callable[[CatalogEntry, NextLoad, Terms, Admission], Awaitable[Failure | None]]
+    never_fits: Callable[[CatalogEntry, NextLoad, Terms], Awaitable[Failure | None]]
     """Returns why a load does not fit even when nothing else is loaded."""
 
     hub_id_of: Callable[[str], str]
@@ -221,10 +220,12 @@ class Registry:
                 found = await asyncio.to_thread(self._scan, reread=True)
             except (InvalidConfigError, CatalogError) as error:
                 raise reload_error(error) from error
-            unfit = await self._unfit(found, settings or self._rules)
             if self._closing:
                 raise failures.shutting_down().error()
             own = settings is not None and take_over(settings)
+            unfit = await self._unfit(found)
+            if self._closing:
+                raise failures.shutting_down().error()
             response = self._apply(found, reloading=True, left=unfit.keys())
             if own:
                 self._set_defaults(found)
@@ -233,19 +234,17 @@ class Registry:
             response.problems.extend(unfit_problem(found[model], unfit[model]) for model in unfit)
             return response
 
-    async def _unfit(
-        self, found: Mapping[str, CatalogEntry], settings: Settings | Rules
-    ) -> dict[str, Failure]:
+    async def _unfit(self, found: Mapping[str, CatalogEntry]) -> dict[str, Failure]:
         """Return the loaded models that a reload is not to load anew: that load could never fit."""
         unfit: dict[str, Failure] = {}
         for model, entry in found.items():
             replicas = self._sets.get(model)
             if replicas is None or entry.absent is not None or replicas.entry == entry:
                 continue
-            options = replicas.wish.filled(default_options(settings.config, entry.facts, entry.setup))
+            options = replicas.wish.filled(default_options(self._rules.config, entry.facts, entry.setup))
             if replicas.would_load_anew(entry, options):
                 load = NextLoad(options, explicit=False, wish=replicas.wish)
-                failure = await self._tools.never_fits(entry, load, replicas.terms, settings.admission)
+                failure = await self._tools.never_fits(entry, load, replicas.terms)
                 if failure is not None:
                     unfit[model] = failure
         return unfit
