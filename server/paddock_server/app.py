@@ -26,7 +26,7 @@ from paddock_server.manager import (
     Settings,
 )
 from paddock_server.memory import MachineWatch
-from paddock_server.reloading import follow_hangups, reloading
+from paddock_server.reloading import Sources, follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
 from paddock_server.state_files import check_directory
@@ -195,7 +195,7 @@ async def _running(
             log.warning("config_problem", problem=str(problem))
         log.info("server_ready", grpc=rpc.address)
         files = [path for path in (config.models_preset, config.config_file) if path is not None]
-        async with reloading(service, files):
+        async with reloading(service, Sources(files, catalog.stamps, manager.rescan)):
             yield RunningServer(service, rpc.address)
     finally:
         rpc.announce_stop()

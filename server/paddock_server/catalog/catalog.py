@@ -77,6 +77,11 @@ class Catalog:
         self._served = {id_: _kept(self._served.get(id_), entry) for id_, entry in merged.served.items()}
         return self._served
 
+    def stamps(self) -> Mapping[str, object]:
+        """How the model directories look now, without a scan: other than before where a scan would find
+        something new."""
+        return self._directories.stamps()
+
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory, whether or not a scan finds it.
 

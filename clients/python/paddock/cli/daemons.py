@@ -59,7 +59,9 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
     "hf_cache": Annotated[
         bool | None, typer.Option(help="Whether models of the Hugging Face Hub are served and downloaded.")
     ],
-    "models_max": Annotated[int | None, typer.Option(help="Most models loaded at once; 0: no limit.")],
+    "models_max": Annotated[
+        int | None, typer.Option(help="Most models loaded at once, each replica counted; 0: no limit.")
+    ],
     "models_autoload": Annotated[
         bool | None, typer.Option(help="Whether a request loads a model that is not loaded.")
     ],
