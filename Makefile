@@ -37,7 +37,7 @@ setup: ## Make .venv, compile llama.cpp, install everything (CMAKE_ARGS passes t
 		"(https://www.python.org/downloads/) or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi
 	@$(PYTHON) scripts/bootstrap.py
 
-tools: setup
+tools: setup ## Build grpcurl into .cache/bin, where Go is installed.
 	@$(BIN)/python scripts/tools.py
 
 lint: setup

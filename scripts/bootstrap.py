@@ -7,12 +7,14 @@ and an interrupted run goes on where it stopped. Standard library only.
 
 from __future__ import annotations
 
+import interrupts
+
+# isort: split
 import contextlib
 import errno
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,11 +32,10 @@ IMPORT_CHECK = "import llama_cpp; llama_cpp.llama_print_system_info()"
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     environment = Environment(VENV, CACHE / "logs")
     cmake_args = wanted_cmake_args(environment)
     try:
+        interrupts.raise_from_now_on()
         if is_ready(environment, cmake_args):
             return
         with alone():
@@ -48,7 +49,8 @@ def main() -> None:
             raise
         fail(StepError(DISK_FULL))
     except KeyboardInterrupt:
-        fail(StepError("interrupted; the same command goes on where this one stopped."))
+        say("interrupted; the same command goes on where this one stopped.")
+        interrupts.leave()
 
 
 def wanted_cmake_args(environment: Environment) -> str:

@@ -24,7 +24,7 @@ from steps import ROOT
 OUTPUT = ROOT / "docs" / "first-run.svg"
 COLUMNS = 110
 ROWS = 50
-LAST_LINE = "load hf:ORG/REPO:Q4_K_M"
+LAST_LINE = "up --models-dir FOLDER"
 TIMEOUT_S = 120.0
 
 _WEB_FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)

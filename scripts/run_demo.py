@@ -5,9 +5,13 @@ The model is foal, which comes with Paddock and answers questions about it. Noth
 
 from __future__ import annotations
 
+import interrupts
+
+# isort: split
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +23,7 @@ PADDOCK = VENV / "bin" / "paddock"
 MODEL = "foal"
 QUESTION = "What is Paddock?"
 NEXT_QUESTION = "How do I load a model?"
+DEFAULT_GRPC_PORT = 50051
 SERVER_LOG = CACHE / "logs" / "server.log"
 
 START_TIMEOUT_S = 60.0
@@ -30,14 +35,15 @@ LOG_LINES_SHOWN = 15
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serves the demo model and shows it at work.")
     parser.add_argument("--port", type=int, default=8080, help="HTTP port (8080)")
-    parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port (50051)")
+    parser.add_argument("--grpc-port", type=int, default=DEFAULT_GRPC_PORT, help="gRPC port (50051)")
     ports = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     try:
+        interrupts.raise_from_now_on()
         show(ports.port, ports.grpc_port)
     except StepError as err:
         fail(err)
+    except KeyboardInterrupt:
+        interrupts.leave()
 
 
 def show(port: int, grpc_port: int) -> None:
@@ -46,13 +52,15 @@ def show(port: int, grpc_port: int) -> None:
     taken = {name: number for name, number in wanted.items() if is_listening(number)}
     if taken:
         numbers = " and ".join(str(number) for number in taken.values())
+        what = f"port {numbers} is" if len(taken) == 1 else f"ports {numbers} are"
         others = " ".join(f"{name} {number + 1}" for name, number in taken.items())
         msg = (
-            f"port {numbers} taken, perhaps by a Paddock that runs already (`paddock doctor` says who "
+            f"{what} taken, perhaps by a Paddock that runs already (`paddock doctor` says who "
             f"answers); stop it, or choose others: make run ARGS='{others}'"
         )
         raise StepError(msg)
     server = start_server(port, grpc_port)
+    is_up = False
     try:
         wait_until_listening(server, port, grpc_port)
         say(f"loading the model {MODEL}")
@@ -61,9 +69,15 @@ def show(port: int, grpc_port: int) -> None:
         print(flush=True)
         paddock(grpc_port, "run", MODEL, QUESTION, "--temperature", "0")
         tell_what_next(port, grpc_port)
+        is_up = True
         server.wait()
     except KeyboardInterrupt:
         say("stopping")
+        stop(server)
+        if not is_up:
+            raise
+        if server.returncode == -signal.SIGTERM:  # it had not come to handle signals, or was past that
+            return
     finally:
         stop(server)
     if server.returncode != 0:
@@ -111,45 +125,46 @@ def paddock(grpc_port: int, *arguments: str) -> None:
         env={**os.environ, "PADDOCK_SERVER": f"127.0.0.1:{grpc_port}"},
         check=False,
     )
+    if done.returncode == interrupts.INTERRUPTED:
+        raise KeyboardInterrupt
     if done.returncode != 0:
         msg = f"paddock {arguments[0]} ended with status {done.returncode}.\n{log_tail()}"
         raise StepError(msg)
 
 
 def tell_what_next(port: int, grpc_port: int) -> None:
-    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "{NEXT_QUESTION}"}}]}}'
-    chat = f'{{"messages": [{{"role": "ROLE_USER", "content": [{{"text": "{NEXT_QUESTION}"}}]}}]}}'
-    generate = f'{{"model": "{MODEL}", "chat": {chat}}}'
-    server = "" if grpc_port == 50051 else f"PADDOCK_SERVER=127.0.0.1:{grpc_port} "
+    """Says where things are and what to try. With the answer above it, it fits a terminal of 24 lines."""
+    server = "" if grpc_port == DEFAULT_GRPC_PORT else f"PADDOCK_SERVER=127.0.0.1:{grpc_port} "
     bin_dir = PADDOCK.parent.relative_to(ROOT)
+    grpcurl, how = grpcurl_here()
     print(
         f"""
-The server is up until you press Ctrl-C.
-
-  HTTP, OpenAI-compatible   http://127.0.0.1:{port}/v1
-  gRPC                      127.0.0.1:{grpc_port}
-  its log                   {SERVER_LOG.relative_to(ROOT)}
+The server is up until you press Ctrl-C; its log is {SERVER_LOG.relative_to(ROOT)}.
+  HTTP   http://127.0.0.1:{port}/v1  (OpenAI-compatible)
+  gRPC   127.0.0.1:{grpc_port}
 
 {MODEL} is small and knows only about Paddock. In another terminal:
 
   {server}{bin_dir}/paddock run {MODEL} "{NEXT_QUESTION}"
-
-  curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{body}'
-
-  grpcurl -plaintext -d '{generate}' \\
-    127.0.0.1:{grpc_port} paddock.v1.ModelManager/Generate
+  curl http://127.0.0.1:{port}/v1/chat/completions -d '{{"model": "{MODEL}",
+    "messages": [{{"role": "user", "content": "{NEXT_QUESTION}"}}]}}'
+  {grpcurl} -plaintext -d '{{"model": "{MODEL}", "chat": {{"messages": [
+    {{"role": "ROLE_USER", "content": [{{"text": "{NEXT_QUESTION}"}}]}}]}}}}' \\
+    127.0.0.1:{grpc_port} paddock.v1.ModelManager/Generate{how}
 
 With models of yours, GGUF files in a folder, stop this server and start
-
-  {bin_dir}/paddock up --models-dir FOLDER
-
-or, with a network, have this one fetch a model of the Hugging Face Hub:
-
-  {bin_dir}/paddock load hf:ORG/REPO:Q4_K_M
-""",
+  {bin_dir}/paddock up --models-dir FOLDER""",
         flush=True,
     )
+
+
+def grpcurl_here() -> tuple[str, str]:
+    """The grpcurl there is, and in a line of its own how to get one where there is none."""
+    if shutil.which("grpcurl"):
+        return "grpcurl", ""
+    own = CACHE / "bin" / "grpcurl"
+    how = "" if own.exists() else "\n    (`make tools` builds this grpcurl; it needs Go)"
+    return str(own.relative_to(ROOT)), how
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -164,6 +179,8 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def log_tail() -> str:
     lines = SERVER_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    if not lines:
+        return f"It has written nothing to {SERVER_LOG.relative_to(ROOT)}."
     return "\n".join(
         [f"The last lines of {SERVER_LOG.relative_to(ROOT)}:", *(f"    {line}" for line in lines)]
     )

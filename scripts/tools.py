@@ -34,9 +34,12 @@ def lacking_go() -> str | None:
 def main() -> None:
     folder = CACHE / "bin"
     stamp = folder / ".grpcurl"
+    where = (folder / "grpcurl").relative_to(ROOT)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == GRPCURL_VERSION:
+        say(f"grpcurl is {where}")
         return
-    if shutil.which("grpcurl"):
+    if found := shutil.which("grpcurl"):
+        say(f"grpcurl is {found}")
         return
     if lacking := lacking_go():
         say(f"{lacking}: the tests of the Go client and of grpcurl are skipped")
@@ -54,6 +57,7 @@ def main() -> None:
         say(f"grpcurl could not be built, so the tests that use it are skipped.\n{err}")
         return
     stamp.write_text(GRPCURL_VERSION, encoding="utf-8")
+    say(f"grpcurl is {where}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class GatewayApp:
         self._inner = inner
         self._stalled_client_seconds = stalled_client_seconds
         self._exchanges: set[Exchange] = set()
+        self._abandoned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -90,6 +91,9 @@ class GatewayApp:
                 except ClientGoneError:
                     exchange.reason = "CLIENT_GONE"
                     exchange.status = exchange.status or CLIENT_GONE_STATUS
+                except asyncio.CancelledError:
+                    if not self._abandoned:
+                        raise
                 finally:
                     exchange.log()
         finally:
@@ -104,9 +108,14 @@ class GatewayApp:
             raise ClientGoneError from None
 
     def interrupt(self) -> None:
-        """End every generation that runs, with SHUTTING_DOWN."""
+        """End every request that runs, with SHUTTING_DOWN."""
         for exchange in self._exchanges:
-            exchange.interrupt.interrupt(make_error(Reason.SHUTTING_DOWN, "The gateway is shutting down."))
+            exchange.stop.interrupt(make_error(Reason.SHUTTING_DOWN, "The gateway is shutting down."))
+
+    def abandon(self) -> None:
+        """Take it that requests which are cancelled from now on have nobody left to answer: it is no error,
+        and the HTTP server is to make none of it."""
+        self._abandoned = True
 
 
 class ErrorBoundary:
@@ -125,7 +134,8 @@ class ErrorBoundary:
         scope["app"] = self._router  # makes a wrong method an exception instead of plain text
         try:
             self._check_host(scope)
-            await self._router(scope, receive, send)
+            async with exchange.stop.block():
+                await self._router(scope, receive, send)
         except ClientGoneError:
             raise  # nobody is left to answer
         except (PaddockError, RequestRefusedError) as error:

@@ -37,6 +37,9 @@ class Exchange:
         self.path: str = scope["path"]
         self.request_id = _request_id(scope)
         self.interrupt = Interrupt()
+        """Ends the generations of the request: its client has gone."""
+        self.stop = Interrupt()
+        """Ends the request, and tells its client why: the gateway stops."""
         self.name_of: Callable[[str], str] = _same
         """Translates the dotted path of a field of `paddock.v1` to the parameter the caller knows."""
         self.route = ""
@@ -51,6 +54,11 @@ class Exchange:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         scope[_SCOPE_KEY] = self
+
+    def settle(self) -> None:
+        """Let the rest of the answer, which is all there, go out undisturbed."""
+        self.interrupt.disarm()
+        self.stop.disarm()
 
     def note_tokens(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Take note of what has been read and generated so far."""

@@ -78,7 +78,7 @@ class StreamReply:
             await self._write(events)
         if encoder.complete:
             # A client may hang up on reading `[DONE]`: that is no reason to break anything off.
-            self._exchange.interrupt.disarm()
+            self._exchange.settle()
 
     async def keep_alive(self, interval: float, patience: float) -> float:
         """See `Reply.keep_alive`: a comment after `interval` seconds of silence, once there are headers."""
@@ -131,6 +131,7 @@ class DocumentReply:
 
     async def finish(self) -> None:
         """See `Reply.finish`: send the document."""
+        self._exchange.settle()
         await send_document(self._send, 200, self._collector.body())
 
 

@@ -14,6 +14,7 @@ import uvicorn
 from paddock.daemons import is_exposed
 from paddock.listening import HTTP, cannot_listen, host_port
 from paddock_gateway.app import GatewayOptions, create_app
+from paddock_gateway.exchange import log
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
@@ -28,6 +29,12 @@ KEEP_ALIVE_SECONDS: Final = 30
 
 INTERRUPT_SECONDS: Final = 5.0
 """What interrupted requests get to tell their clients why, before their connections are cut."""
+
+AT_ONCE_SECONDS: Final = 2.0
+"""The same when the gateway is to stop at once."""
+
+CUT_SECONDS: Final = 2.0
+"""What is left to do for requests whose connections have been cut; it is not to send anything."""
 
 
 class ListenError(Exception):
@@ -74,6 +81,7 @@ async def serve(
     *,
     drain_seconds: float = 30.0,
     options: GatewayOptions | None = None,
+    at_once: asyncio.Event | None = None,
 ) -> AsyncGenerator[Gateway]:
     """Serve HTTP for as long as the block runs, then stop gracefully.
 
@@ -86,6 +94,7 @@ async def serve(
         port: Port to listen on; 0 takes a free one.
         drain_seconds: How long running requests get.
         options: Settings; the defaults when left out.
+        at_once: Ends that time when it is set.
 
     Raises:
         ListenError: the address is taken or not ours.
@@ -105,7 +114,7 @@ async def serve(
         log_level="warning",
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=int(drain_seconds + INTERRUPT_SECONDS) + 1,
+        timeout_graceful_shutdown=None,  # `_stop` is in charge: uvicorn would log a traceback per request
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
     )
@@ -115,7 +124,7 @@ async def serve(
         await _ready(server, running)
         yield Gateway(host, listener.getsockname()[1])
     finally:
-        await _stop(server, running, app, drain_seconds)
+        await _stop(server, running, app, drain_seconds, at_once or asyncio.Event())
         listener.close()
 
 
@@ -132,20 +141,53 @@ async def _ready(server: _Server, running: asyncio.Task[None]) -> None:
         raise ListenError(message)
 
 
-async def _stop(server: _Server, running: asyncio.Task[None], app: GatewayApp, drain_seconds: float) -> None:
-    """Stop accepting, let requests finish, interrupt those that do not. Cancelling it cuts the wait short."""
+async def _stop(
+    server: _Server,
+    running: asyncio.Task[None],
+    app: GatewayApp,
+    drain_seconds: float,
+    at_once: asyncio.Event,
+) -> None:
+    """Stop accepting, let requests finish, interrupt those that do not, cut those that cannot be told."""
     server.should_exit = True
+    hurried = asyncio.create_task(at_once.wait(), name="stop-gateway-at-once")
     try:
-        await asyncio.wait({running}, timeout=drain_seconds)
+        await asyncio.wait({running, hurried}, timeout=drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             app.interrupt()
-            # uvicorn cancels by itself what is left a little later.
-            await asyncio.wait({running}, timeout=2 * INTERRUPT_SECONDS)
+            await asyncio.wait({running}, timeout=AT_ONCE_SECONDS if hurried.done() else INTERRUPT_SECONDS)
+        if not running.done():
+            await _cut(server, running)
     finally:
+        hurried.cancel()
         running.cancel()
-    await asyncio.wait({running})
-    if not running.cancelled():
+        await asyncio.wait({running, hurried}, timeout=CUT_SECONDS)
+    await _end_requests(server, app)
+    if running.done() and not running.cancelled():
         running.result()
+
+
+async def _cut(server: _Server, running: asyncio.Task[None]) -> None:
+    """End the connections that are left: their requests find their clients gone, and end."""
+    log.warning("gateway_connections_cut", count=len(server.server_state.connections))
+    server.force_exit = True
+    for connection in list(server.server_state.connections):
+        # Annotated as never None, and None until the connection has been made.
+        if connection.transport is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            connection.transport.abort()
+    await asyncio.wait({running}, timeout=CUT_SECONDS)
+
+
+async def _end_requests(server: _Server, app: GatewayApp) -> None:
+    """See that no request is left in the event loop of the host, where nobody would end it."""
+    left = set(server.server_state.tasks)
+    if left:
+        _, left = await asyncio.wait(left, timeout=CUT_SECONDS)
+    if left:
+        app.abandon()
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=CUT_SECONDS)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from paddock_server.app import StartError, run
-from paddock_server.config import ConfigError, ServerConfig
+from paddock.interrupts import leave_quietly
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the server until it is told to stop."""
+    leave_quietly()
+    from paddock_server.app import StartError, run  # long to import
+    from paddock_server.config import ConfigError, ServerConfig
+
     try:
         run(ServerConfig.load({}))
     except (ConfigError, StartError) as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
 from paddock.api import ModelManagerApi
 from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
+from paddock.v1 import model_manager_pb2 as pb
+from paddock.v1 import model_pb2
 from paddock_server.catalog import Catalog, CatalogError, InvalidConfigError, Place, Problem
 from paddock_server.config import CHANGES_IN_PLACE, ConfigError, setting_lines
 from paddock_server.logs import configure_logging
@@ -24,10 +26,11 @@ from paddock_server.manager import (
     Settings,
 )
 from paddock_server.memory import MachineWatch
-from paddock_server.reloading import follow_hangups, reloading
+from paddock_server.reloading import Sources, follow_hangups, reloading
 from paddock_server.rpc.server import AddressInUseError, RpcServer
 from paddock_server.rpc.service import ModelManagerService
-from paddock_server.supervisor import LocalLauncher
+from paddock_server.state_files import check_directory
+from paddock_server.supervisor import Launcher, LocalLauncher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -36,11 +39,17 @@ if TYPE_CHECKING:
 
     from paddock_server.config import ServerConfig
     from paddock_server.memory import Machine
-    from paddock_server.supervisor import Launcher
 
-    Attach = Callable[[ModelManagerApi], AbstractAsyncContextManager[object]]
+    Attach = Callable[[ModelManagerApi, asyncio.Event], AbstractAsyncContextManager[object]]
 
 log = structlog.get_logger()
+
+AT_ONCE_SECONDS: Final = 15.0
+"""The longest a stop at once may take: SIGTERM, SIGKILL and the time-outs between them. It takes
+milliseconds, but for a process that hangs in a driver."""
+
+SETTLE_SECONDS: Final = 5.0
+"""How long whoever started the server waits, for the loads of the start, to be told that it serves."""
 
 STREAM_CLOSE_SECONDS: Final = 1.0
 """What is left after the drain (health watches, slow readers) gets this long before it is cancelled."""
@@ -61,9 +70,43 @@ class RunningServer:
     """Host and port gRPC is served on; the real port when 0 was asked for."""
 
 
+class Onlooker(Protocol):
+    """Who is told how the server is, as it happens."""
+
+    def ready(self, grpc_address: str) -> None:
+        """Learn that calls are accepted."""
+        ...
+
+    def draining(self, seconds: float) -> None:
+        """Learn that the server stops, and how long what runs may go on."""
+        ...
+
+    def stopping_at_once(self) -> None:
+        """Learn that what runs is ended now."""
+        ...
+
+
+class _Nobody:
+    """An onlooker that does not care."""
+
+    def ready(self, grpc_address: str) -> None:
+        """See `Onlooker.ready`."""
+
+    def draining(self, seconds: float) -> None:
+        """See `Onlooker.draining`."""
+
+    def stopping_at_once(self) -> None:
+        """See `Onlooker.stopping_at_once`."""
+
+
 @contextlib.asynccontextmanager
 async def serving(
-    config: ServerConfig, *, launcher: Launcher | None = None, attach: Attach | None = None
+    config: ServerConfig,
+    *,
+    launcher: Launcher | None = None,
+    attach: Attach | None = None,
+    onlooker: Onlooker | None = None,
+    at_once: asyncio.Event | None = None,
 ) -> AsyncGenerator[RunningServer]:
     """Run a server for as long as the block runs, then stop it gracefully.
 
@@ -71,12 +114,15 @@ async def serving(
         config: The settings.
         launcher: What starts workers; local processes by default.
         attach: Runs something beside the server that calls the service directly, for example the gateway. It
-            is left when the server stops, while the models still serve what runs.
+            is left when the server stops, while the models still serve what runs. It is given `at_once` too.
+        onlooker: Who is told how it goes.
+        at_once: Ends the drain when it is set.
 
     Raises:
-        StartError: an address is taken, a model directory cannot be read, or a configuration file does not
-            validate.
+        StartError: an address is taken, a model directory cannot be read, a state directory that was named
+            cannot be written, or a configuration file does not validate.
     """
+    await _check_state_dir(config)
     watch = MachineWatch()
     looking = asyncio.create_task(watch.look(), name="look-at-machine")
     try:
@@ -94,9 +140,10 @@ async def serving(
     budget = memory_budget(machine, config)
     measured = Measurements(_state_file(config, "measured"))
     release = version("paddock")
+    launcher = launcher or LocalLauncher()
     manager = ModelManager(
         catalog=catalog,
-        launcher=launcher or LocalLauncher(),
+        launcher=launcher,
         config=manager_config(config),
         admission=MemoryAdmission(config.models_max, budget),
         predictor=MemoryPredictor(
@@ -105,19 +152,29 @@ async def serving(
         settings=lambda: _settings(config, machine),
     )
     service = ModelManagerService(manager, version=release, machine=watch)
-    async with measured.kept(), _running(config, catalog, manager, service, attach) as server:
+    parts = _Parts(catalog, launcher, manager, service, onlooker or _Nobody(), at_once or asyncio.Event())
+    async with measured.kept(), _running(config, parts, attach) as server:
         yield server
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a server is made of."""
+
+    catalog: Catalog
+    launcher: Launcher
+    manager: ModelManager
+    service: ModelManagerService
+    onlooker: Onlooker
+    at_once: asyncio.Event
 
 
 @contextlib.asynccontextmanager
 async def _running(
-    config: ServerConfig,
-    catalog: Catalog,
-    manager: ModelManager,
-    service: ModelManagerService,
-    attach: Attach | None,
+    config: ServerConfig, parts: _Parts, attach: Attach | None
 ) -> AsyncGenerator[RunningServer]:
     """Do what `serving` says, with its parts."""
+    catalog, manager, service = parts.catalog, parts.manager, parts.service
     try:
         rpc = RpcServer(
             service, host=config.grpc_host, port=config.grpc_port, with_reflection=config.reflection
@@ -131,7 +188,7 @@ async def _running(
         raise StartError(str(error)) from error
     try:
         if attach is not None:
-            await attached.enter_async_context(attach(service))
+            await attached.enter_async_context(attach(service, parts.at_once))
         await rpc.start()
         _warn_when_exposed(config.grpc_host)
         for problem in catalog.problems:
@@ -141,60 +198,97 @@ async def _running(
             log.warning("model_files_unusable", count=catalog.unusable_count, advice=advice)
         log.info("server_ready", grpc=rpc.address)
         files = [path for path in (config.models_preset, config.config_file) if path is not None]
-        async with reloading(service, files):
+        async with reloading(service, Sources(files, catalog.stamps, manager.rescan)):
             yield RunningServer(service, rpc.address)
     finally:
-        log.info("server_draining", seconds=manager.config.drain_seconds)
         rpc.announce_stop()
         try:
-            await asyncio.gather(attached.aclose(), manager.stop(drain_seconds=manager.config.drain_seconds))
+            await _drain(parts, attached)
         finally:
             await rpc.stop(STREAM_CLOSE_SECONDS)
             log.info("server_stopped")
 
 
+async def _drain(parts: _Parts, attached: contextlib.AsyncExitStack) -> None:
+    """Let what runs end within the time there is for it; once `at_once` is set, end it."""
+    manager = parts.manager
+    seconds = manager.config.drain_seconds
+    log.info("server_draining", seconds=seconds)
+    parts.onlooker.draining(seconds)
+    drain = asyncio.gather(attached.aclose(), manager.stop(drain_seconds=seconds))
+    hurried = asyncio.create_task(parts.at_once.wait(), name="stop-at-once")
+    try:
+        # Both parts bound themselves by the drain and a margin.
+        await asyncio.wait({drain, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if not drain.done():
+            log.warning("server_stopping_at_once")
+            parts.onlooker.stopping_at_once()
+            manager.hurry()
+            parts.launcher.hurry()
+            await asyncio.wait({drain}, timeout=AT_ONCE_SECONDS)
+            if not drain.done():  # What is left ends with this process.
+                log.error("server_not_stopped", waited_seconds=AT_ONCE_SECONDS)
+    finally:
+        hurried.cancel()
+        drain.cancel()
+        await asyncio.wait({drain, hurried}, timeout=STREAM_CLOSE_SECONDS)
+    if drain.done() and not drain.cancelled():
+        drain.result()
+
+
 async def run_server(
-    config: ServerConfig,
-    *,
-    attach: Attach | None = None,
-    ready: Callable[[RunningServer], None] | None = None,
+    config: ServerConfig, *, attach: Attach | None = None, onlooker: Onlooker | None = None
 ) -> None:
-    """Run a server until SIGTERM or SIGINT. A second signal cuts the drain short.
-
-    `ready` is called once, when calls are accepted.
-    """
-    async with told_to_stop() as stop:
+    """Run a server until SIGTERM or SIGINT, then let what runs end; a second signal ends it at once. The
+    process is to end after that."""
+    onlooker = onlooker or _Nobody()
+    async with (
+        told_to_stop(ends_process=True) as stop,
+        serving(config, attach=attach, onlooker=onlooker, at_once=stop.at_once) as server,
+    ):
+        settle_heap()
+        beside = [
+            asyncio.create_task(follow_hangups(server.service), name="hangups"),
+            asyncio.create_task(_tell_when_settled(server, onlooker), name="tell-when-settled"),
+        ]
         try:
-            async with serving(config, attach=attach) as server:
-                hangups = asyncio.create_task(follow_hangups(server.service), name="hangups")
-                if ready is not None:
-                    ready(server)
-                try:
-                    await stop.wait()
-                finally:
-                    hangups.cancel()
-        except asyncio.CancelledError:
-            # What the drain was waiting for has been cut; workers end with us.
-            log.warning("server_stop_cut_short")
-            raise
+            await stop.asked.wait()
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside, timeout=STREAM_CLOSE_SECONDS)
 
 
-def run(
-    config: ServerConfig,
-    *,
-    attach: Attach | None = None,
-    ready: Callable[[RunningServer], None] | None = None,
-) -> None:
+async def _tell_when_settled(server: RunningServer, onlooker: Onlooker) -> None:
+    """Tell an onlooker that calls are accepted, once the loads of the start are over: what they log would
+    push it out of sight. Who waits for a large one is told before."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_SECONDS):
+            await _settled(server.service)
+    onlooker.ready(server.grpc_address)
+
+
+async def _settled(service: ModelManagerApi) -> None:
+    """Wait until no model is loading."""
+    loading: set[str] = set()
+    known = False
+    async with contextlib.aclosing(service.watch(pb.WatchRequest())) as responses:
+        async for response in responses:
+            known = known or response.HasField("synced")
+            model = response.changed.model
+            if model.state == model_pb2.MODEL_STATE_LOADING:
+                loading.add(model.id)
+            else:
+                loading.discard(model.id or response.deleted.model)
+            if known and not loading:
+                return
+
+
+def run(config: ServerConfig, *, attach: Attach | None = None, onlooker: Onlooker | None = None) -> None:
     """Configure logging and run a server until it is told to stop. Raises `StartError`."""
     configure_logging(config.log_level, config.log_format)
-
-    def started(server: RunningServer) -> None:
-        settle_heap()
-        if ready is not None:
-            ready(server)
-
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(run_server(config, attach=attach, ready=started))
+        runner.run(run_server(config, attach=attach, onlooker=onlooker))
 
 
 def memory_budget(machine: Machine, config: ServerConfig) -> dict[str, int]:
@@ -257,6 +351,34 @@ def manager_config(config: ServerConfig) -> ManagerConfig:
         downloads_file=_state_file(config, "downloads"),
         restore=config.restore,
     )
+
+
+async def _check_state_dir(config: ServerConfig) -> None:
+    """See that what is answered can be kept. Whoever named a directory relies on it; of the default one, in a
+    container without a home perhaps, a warning is enough.
+
+    Raises:
+        StartError: the directory that was named cannot be made or written.
+    """
+    path = config.state_dir
+    if path is None:
+        return
+    try:
+        await asyncio.to_thread(check_directory, path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        if "state_dir" in config.model_fields_set:
+            message = (
+                f"Cannot write to the state directory {path}: {why}. "
+                "Name another with --state-dir, or --state-dir '' to remember nothing."
+            )
+            raise StartError(message) from error
+        log.warning(
+            "state_dir_not_writable",
+            path=str(path),
+            error=why,
+            advice="Loads, pins and downloads are lost when this server ends; --state-dir names another.",
+        )
 
 
 def _state_file(config: ServerConfig, what: str) -> Path | None:

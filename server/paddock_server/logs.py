@@ -7,12 +7,14 @@ import logging
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Final, Literal, TextIO, cast
 
 import structlog
 
+from paddock.sizes import size_text
+
 if TYPE_CHECKING:
-    from structlog.typing import Processor
+    from structlog.typing import EventDict, Processor
 
 
 class LogOutput:
@@ -52,6 +54,28 @@ class LogOutput:
         return ("\n" if self._is_cut else "") + text + "\n"
 
 
+def console_renderer() -> structlog.dev.ConsoleRenderer:
+    """Return what writes lines for people. Tracebacks are plain: the default shows the local variables of
+    each frame, and those of a server are prompts, answers and tokens."""
+    return structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+
+
+def _sizes_for_people(logger: object, method: str, entry: EventDict) -> EventDict:
+    """Write numbers of bytes as people read them; the log for programs keeps the numbers."""
+    del logger, method
+    all_of_it = entry.get("event") in _EVENTS_OF_SIZES
+    for key, value in entry.items():
+        if type(value) is int and (all_of_it or key.endswith("_bytes")):
+            entry[key] = size_text(value)
+    return entry
+
+
+_EVENTS_OF_SIZES: Final = frozenset({"memory_budget"})
+"""Events whose keys are names of devices, and whose numbers are bytes."""
+
+
 def configure_logging(level: str, log_format: Literal["auto", "json", "console"]) -> None:
     """Set logging up for this process. Called once, by the command that is run."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
@@ -62,7 +86,7 @@ def configure_logging(level: str, log_format: Literal["auto", "json", "console"]
         structlog.processors.StackInfoRenderer(),
     ]
     renderer: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        [_sizes_for_people, console_renderer()]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

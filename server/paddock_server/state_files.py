@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,9 @@ WAIT_SECONDS: Final = 5.0
 """How long an answer waits for what it says to be on the disk; a disk takes milliseconds."""
 
 
+CONSEQUENCE: Final = "Until it can be written, what is answered would not outlive this server."
+
+
 class StateFileError(Exception):
     """A file is none of ours, or not whole."""
 
@@ -43,6 +47,7 @@ class StateFile:
         self._tried = 0
         self._wake = asyncio.Event()
         self._tries = asyncio.Condition()
+        self._failing = False
         self._closing = False
         self._ended = False
 
@@ -87,9 +92,16 @@ class StateFile:
         elif version != self._written:
             try:
                 await asyncio.to_thread(write_atomically, self._path, self._content())
-                self._written = version
             except OSError as error:
-                log.warning("state_file_not_written", path=str(self._path), error=str(error))
+                log.warning(
+                    "state_file_not_written", path=str(self._path), error=str(error), consequence=CONSEQUENCE
+                )
+                self._failing = True
+            else:
+                self._written = version
+                if self._failing:
+                    log.info("state_file_written_again", path=str(self._path))
+                self._failing = False
         async with self._tries:
             self._tried = version
             self._ended = closing
@@ -181,6 +193,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def check_directory(path: Path) -> None:
+    """Make a directory for such files where there is none, and write to it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(b"0")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _remove_leftovers(path: Path) -> None:

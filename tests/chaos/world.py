@@ -145,6 +145,12 @@ class World:
     async def _ended(self, left: list[psutil.Process]) -> None:
         await asyncio.to_thread(self.server.process.wait, END_SECONDS)
         _, alive = await asyncio.to_thread(psutil.wait_procs, left, END_SECONDS)
+        # One that was stopped before its first line ran could not ask the kernel to end with its parent yet.
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    process.send_signal(signal.SIGCONT)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, alive, END_SECONDS)
         assert alive == [], f"these outlived their server: {alive}"
         await asyncio.to_thread(self._running.close)
 

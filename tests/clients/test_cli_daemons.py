@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -18,6 +22,7 @@ from paddock.cli.failures import ExitCode
 from paddock_server import app as server_app
 from paddock_server.config import ServerConfig
 from tests.clients.fake_server import WAY_OUT_SECONDS
+from tests.clients.terminal import terminal
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -53,6 +58,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 def paddock(*arguments: str, **environment: str) -> Result:
     return CliRunner(env=environment).invoke(app, arguments)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -97,6 +108,32 @@ def test_what_keeps_a_server_from_starting_is_one_sentence(command: str, runs: R
     assert (result.exit_code, result.stderr) == (ExitCode.FAILED, "Error: The port is taken.\n")
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_directory_that_cannot_be_written_ends_the_start_if_it_was_named(
+    tmp_path: Path, named: bool
+) -> None:
+    """`--state-dir /proc/nope` was taken, and everything answered was lost at the end."""
+    (tmp_path / "file").touch()
+    flags = ["--state-dir", str(tmp_path / "file")] if named else []
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "file")}
+    environment.pop("PADDOCK_STATE_DIR", None)
+    command = [sys.executable, "-m", "paddock", "serve", "--models-dir", str(tmp_path), "--grpc-port", "0"]
+    with subprocess.Popen(
+        [*command, *flags, "--log-format", "json"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stderr is not None
+        try:
+            line = server.stderr.readline()
+            if named:
+                assert server.wait(WAY_OUT_SECONDS) == ExitCode.FAILED
+                assert line.startswith(f"Error: Cannot write to the state directory {tmp_path / 'file'}: ")
+                assert server.stderr.read() == ""
+            else:
+                assert json.loads(line)["event"] == "state_dir_not_writable"
+        finally:
+            server.kill()
+
+
 def test_a_server_without_directories_says_what_it_serves(runs: Runs) -> None:
     result = paddock("serve")
 
@@ -129,7 +166,10 @@ async def test_up_puts_the_gateway_beside_the_server(runs: Runs, server: FakeSer
 
     await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", "0")
 
-    async with connect(server.target) as channel, runs.options["attach"](GrpcApi(channel)) as gateway:
+    async with (
+        connect(server.target) as channel,
+        runs.options["attach"](GrpcApi(channel), asyncio.Event()) as gateway,
+    ):
         body = await asyncio.to_thread(get, f"{gateway.url}/v1/models")
     assert "tiny" in [model["id"] for model in body["data"]]
 
@@ -140,7 +180,7 @@ async def test_up_says_which_flags_help_when_the_http_port_is_taken(
     await asyncio.to_thread(paddock, "up", "--models-dir", str(tmp_path), "--port", str(taken_port))
 
     with pytest.raises(server_app.StartError, match=r"choose another with --port\."):
-        async with runs.options["attach"](object()):
+        async with runs.options["attach"](object(), asyncio.Event()):
             pytest.fail("listens")
 
 
@@ -176,6 +216,40 @@ def test_client_commands_need_no_extra(server: FakeServer) -> None:
     assert done.returncode == ExitCode.OK
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from paddock.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("up", "typer"),
+        ("up", "paddock.cli.daemons"),
+        ("up", "paddock_gateway.app"),
+        ("serve", "paddock_server.app"),
+        ("gateway", "paddock.multiplexed"),
+        ("ls", "paddock.cli.models"),
+    ],
+)
+def test_ctrl_c_while_a_command_still_imports_ends_it_without_a_word(command: str, module: str) -> None:
+    """A newcomer's `paddock up` and Ctrl-C after 0.15 s printed twenty lines of KeyboardInterrupt."""
+    code = INTERRUPTED_IMPORT.format(module=module)
+
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, b"", b"")
+
+
 def test_a_gateway_stands_in_front_of_a_server_until_sigterm(server: FakeServer) -> None:
     command = [sys.executable, "-m", "paddock", "gateway", "--server", server.target, "--port", "0"]
     with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as gateway:
@@ -191,6 +265,40 @@ def test_a_gateway_stands_in_front_of_a_server_until_sigterm(server: FakeServer)
             assert gateway.wait(WAY_OUT_SECONDS) == ExitCode.OK
         finally:
             gateway.kill()
+
+
+def test_a_gateway_says_when_no_server_answers_and_when_one_does(free_port: int) -> None:
+    target = f"127.0.0.1:{free_port}"
+    command = [sys.executable, "-m", "paddock", "gateway", "--server", target, "--port", "0"]
+    backend = grpc.server(ThreadPoolExecutor(1))
+    with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert gateway.stderr is not None
+            before = [json.loads(gateway.stderr.readline()) for _ in range(2)]
+            backend.add_insecure_port(target)
+            backend.start()
+            after = json.loads(gateway.stderr.readline())
+            gateway.send_signal(signal.SIGTERM)
+
+            assert gateway.wait(WAY_OUT_SECONDS) == ExitCode.OK
+            assert "Traceback" not in gateway.stderr.read()
+        finally:
+            gateway.kill()
+            backend.stop(None)
+
+    assert [line["event"] for line in before] == ["gateway_ready", "server_not_reached"]
+    assert (before[1]["level"], before[1]["server"]) == ("warning", target)
+    assert (after["event"], after["server"]) == ("server_reached", target)
+
+
+def test_a_gateway_in_a_terminal_says_where_it_is_and_how_it_stops(server: FakeServer) -> None:
+    with terminal(server.target, "gateway", "--port", "0") as gateway:
+        said = gateway.read_until("Ctrl-C stops the gateway.")
+        assert re.search(r"HTTP   http://127\.0\.0\.1:\d+/v1", said)
+        assert server.target in said
+        gateway.interrupt()
+        assert "Ctrl-C again stops at once." in gateway.read_to_end()
+        assert gateway.exit_code() == ExitCode.OK
 
 
 def test_a_gateway_whose_port_is_taken_says_so_in_one_line(taken_port: int) -> None:

@@ -209,3 +209,29 @@ async def test_logs_of_a_model_that_goes_end_by_themselves(directory: Path) -> N
             rest = [line.text async for line in stream]
 
     assert rest[0] == "last words"
+
+
+async def test_watch_says_why_a_model_changed(directory: Path) -> None:
+    async with (
+        real_server(directory) as server,
+        Client.connect(server.grpc_address) as client,
+        command(server, "watch", "a") as watching,
+    ):
+        await read_line(watching)
+        await load(client)
+        for _ in range(2):
+            await read_line(watching)
+        worker = (await client.get("a")).worker
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        line = (await read_line(watching)).rstrip()
+        assert line.endswith("  a  loaded -> loading: The worker of model 'a' was ended by SIGKILL.")
+
+
+async def test_watch_of_a_model_that_is_not_there_says_so(directory: Path) -> None:
+    async with real_server(directory) as server, command(server, "watch", "nope") as watching:
+        assert watching.stderr is not None
+        async with asyncio.timeout(WAY_OUT_SECONDS):
+            words = (await watching.stderr.read()).decode()
+            assert await watching.wait() == 3
+    assert "There is no model named 'nope'" in words

@@ -673,3 +673,15 @@ async def test_a_file_of_a_model_directory_is_not_deleted(world: Path, tmp_path:
 
     assert error.reason == Reason.INVALID_FIELD
     assert (models / "mine.gguf").exists()
+
+
+@pytest.mark.usefixtures("world")
+async def test_a_model_that_has_no_files_has_none_to_delete(tmp_path: Path) -> None:
+    config = tmp_path / "paddock.toml"
+    config.write_text(f'[models.helper]\nhf = "{NAME}"\n')
+    async with server(tmp_path, config) as api:
+        error = await refused(api.delete(pb.DeleteRequest(model="helper")))
+        assert error.reason == Reason.MODEL_NOT_LOADED
+        assert "there are no files of it to delete" in error.message
+        missing = await api.delete(pb.DeleteRequest(model="helper", allow_missing=True))
+        assert missing.freed_bytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from paddock_gateway import serve as serving
 from paddock_gateway.serve import ListenError, serve
 from tests.gateway.clients import CHAT, CHAT_PATH, connect, post, request_bytes, served
 from tests.gateway.fake_api import FakeApi, deltas, end, generated, hanging, started, text
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from paddock.v1 import model_manager_pb2 as pb
 
 STREAM = {**CHAT, "stream": True}
+WAY_OUT_SECONDS = 20
 
 
 async def test_the_real_port_is_known_when_a_free_one_was_asked_for() -> None:
@@ -138,6 +141,82 @@ async def test_what_still_runs_at_the_end_of_the_drain_is_told_so(body: dict[str
     assert b"[DONE]" not in answer
     assert api.cancelled == 1
     assert answer.startswith(b"HTTP/1.1 200" if "stream" in body else b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["document", "stream"])
+async def test_stopping_at_once_does_not_wait_for_the_drain(body: dict[str, object]) -> None:
+    api = FakeApi(hanging(started(), deltas(text("a"))))
+    at_once = asyncio.Event()
+
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
+            raw = await connect(gateway)
+            await raw.send(request_bytes(CHAT_PATH, body))
+            await api.until(lambda: api.running == 1)
+            asyncio.get_running_loop().call_later(0.2, at_once.set)
+        answer = await raw.read_rest()
+    await raw.close()
+
+    assert b'"code":"shutting_down"' in answer
+    assert answer.startswith(b"HTTP/1.1 200" if "stream" in body else b"HTTP/1.1 503")
+
+
+async def test_a_request_that_only_asks_is_told_too_and_nothing_is_logged_as_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = FakeApi()
+    asked = asyncio.Event()
+
+    async def never(request: object) -> None:
+        del request
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(api, "list", never)
+    at_once = asyncio.Event()
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
+            raw = await connect(gateway)
+            await raw.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await asked.wait()
+            at_once.set()
+        answer = await raw.read_rest()
+    await raw.close()
+
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"shutting_down"' in answer
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+async def test_a_request_that_does_not_end_when_it_is_told_to_is_cut_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "AT_ONCE_SECONDS", 0.2)
+    monkeypatch.setattr(serving, "CUT_SECONDS", 0.5)
+    api = FakeApi()
+    asked = asyncio.Event()
+
+    async def stubborn(request: object) -> None:
+        del request
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(api, "list", stubborn)
+    at_once = asyncio.Event()
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
+            raw = await connect(gateway)
+            await raw.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await asked.wait()
+            at_once.set()
+        with contextlib.suppress(ConnectionError):
+            assert await raw.read_rest() == b""
+    await raw.close()
+
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+    assert [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
 
 
 async def test_stopping_does_not_wait_for_idle_connections() -> None:

@@ -135,9 +135,13 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_lengths(tmp_path: Pat
 
 
 def test_a_prompt_far_too_long_is_refused_without_tokenizing_it(scripted: Lab) -> None:
-    error = refusal(scripted.preparer, request("a" * (256 * scripted.loaded.sequence_limit + 256)))
+    limit = scripted.loaded.sequence_limit
+    length = 256 * limit + 256
+    error = refusal(scripted.preparer, request("a" * length))
     assert error.reason == "CONTEXT_LENGTH_EXCEEDED"
     assert error.field == "prompt"
+    assert error.metadata == {"prompt_characters": str(length), "context_tokens": str(limit)}
+    assert f"{length} characters" in str(error), "nobody has counted tokens"
 
 
 def test_log_probabilities_come_one_per_token_and_are_probabilities(models_dir: Path) -> None:

@@ -13,10 +13,14 @@ from paddock.errors import ModelNotFoundError, PaddockError, Reason, make_error
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import CatalogEntry, CatalogError, CatalogProblem, ModelFacts, Problem
 from paddock_server.manager import ManagerConfig, ModelManager
+from paddock_server.manager.admission import MemoryAdmission
+from paddock_server.manager.prediction import NoPrediction, Prediction
+from paddock_server.memory import RAM
 from paddock_server.supervisor import LogLine, WorkerCrashedError, WorkerExit
 from paddock_server.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:
+    from paddock_server.manager.options import Options
     from paddock_server.supervisor import Generation, WorkerSpec
 
 FACTS = ModelFacts(
@@ -236,14 +240,28 @@ class FakeLauncher:
         return worker
 
 
+class ContextPredictor(NoPrediction):
+    """Predicts that a load takes a byte for every token of its context."""
+
+    def predict(self, entry: CatalogEntry, options: Options, *, keeps_slots: bool = False) -> Prediction:
+        del entry, keeps_slots
+        return Prediction({RAM: options.context_size_tokens}, options)
+
+
 class Server:
     """A manager with its fakes."""
 
-    def __init__(self, *models: str, **config: Any) -> None:
+    def __init__(self, *models: str, budget: int = 0, **config: Any) -> None:
+        """With a `budget` of bytes of main memory, every token of a context takes one."""
         self.catalog = FakeCatalog(*models)
         self.launcher = FakeLauncher()
+        settings = ManagerConfig(**config)
         self.manager = ModelManager(
-            catalog=self.catalog, launcher=self.launcher, config=ManagerConfig(**config)
+            catalog=self.catalog,
+            launcher=self.launcher,
+            config=settings,
+            admission=MemoryAdmission(settings.models_max, {RAM: budget} if budget else {}),
+            predictor=ContextPredictor() if budget else None,
         )
 
     async def __aenter__(self) -> Self:

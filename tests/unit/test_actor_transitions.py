@@ -783,6 +783,23 @@ def test_the_server_can_stop_at_any_time(world: World, how_far: str) -> None:
     assert all(model.closed and not model.workers for model in world.models.values())
 
 
+def test_who_drains_as_the_server_stops_and_is_told_again_to_be_quick_ends_at_once() -> None:
+    world = World(("a",), models_max=1)
+    world.acquire("a")
+    start(world)
+    world.worker_ready("a", worker(world))
+    world.calm()
+    model = world.models["a"]
+    world.tell("a", m.CloseAsked(1000.0))
+    world.calm()
+    assert model.state.phase is Phase.DRAINING
+    world.tell("a", m.CloseAsked(0.0))
+    read(world)
+    assert model.state.phase is Phase.STOPPING
+    world.calm()
+    assert model.closed
+
+
 def test_every_event_is_answered_in_every_phase() -> None:
     """A table of all pairs: none raises, and a phase that changes says why."""
     world = World(("a",), models_max=1)

@@ -278,9 +278,12 @@ def test_files_that_cannot_be_read_are_entries_with_the_reason(tmp_path: Path) -
             "UNSUPPORTED_MODEL",
             "big-endian.gguf: is a big-endian GGUF file; convert it to little-endian (at byte 4)",
         ),
-        "empty": ("MODEL_CORRUPT", "empty.gguf: the file ends in the magic number (at byte 0)"),
+        "empty": ("MODEL_CORRUPT", "empty.gguf: the file is empty (at byte 0)"),
         "pipe": ("UNSUPPORTED_MODEL", "pipe.gguf: is not a regular file"),
-        "text": ("MODEL_CORRUPT", "text.gguf: does not start with GGUF but with b'this' (at byte 0)"),
+        "text": (
+            "MODEL_CORRUPT",
+            "text.gguf: is no GGUF file: it starts with b'this' and not with GGUF (at byte 0)",
+        ),
         "vocabulary": (
             "UNSUPPORTED_MODEL",
             "vocabulary.gguf: has no tensors, so that it is a vocabulary at most and no model",

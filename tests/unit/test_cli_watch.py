@@ -11,6 +11,7 @@ import pytest
 from paddock.cli import watch
 from paddock.cli.watch import Event, Lost, StartedOver, follow
 from paddock.client import Client
+from paddock.convert import watch_event
 from paddock.errors import PaddockError, Reason, make_error
 from paddock.types import ModelChanged, ModelDeleted, Synced
 from paddock.v1 import model_manager_pb2 as pb
@@ -160,3 +161,45 @@ async def test_silence_of_a_server_counts_as_a_lost_connection(monkeypatch: pyte
 
     assert kinds(events) == [Synced]
     assert "said nothing" in failure.message
+
+
+async def test_a_restart_of_the_server_is_told_from_a_history_that_is_too_short() -> None:
+    other = make_error(Reason.REVISION_GONE, "Another.", metadata={"instance_id": "j"})
+    servers = Servers(
+        [synced(4), UNREACHABLE], [other], [synced(1), UNREACHABLE], [GONE], instances=("i", "j")
+    )
+    events, _ = await seen(servers)
+
+    restarts = [event.restarted for event in events if isinstance(event, StartedOver)]
+    assert restarts == [True, False]
+
+
+def crashed(revision: int, state: model_pb2.ModelState.ValueType, *, at: int) -> ModelChanged:
+    """The model has changed to a state, having failed at some time."""
+    failure = model_pb2.Failure(reason="WORKER_CRASHED", message="It was ended by SIGKILL.", signal="SIGKILL")
+    failure.failure_time.FromSeconds(at)
+    change = pb.ModelChanged(
+        model=model_pb2.Model(id="a", state=state, last_failure=failure),
+        previous_state=model_pb2.MODEL_STATE_LOADED,
+    )
+    event = watch_event(pb.WatchResponse(revision=revision, changed=change))
+    assert isinstance(event, ModelChanged)
+    return event
+
+
+def test_a_person_is_told_why_a_model_changed_and_of_each_failure_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = watch.Lines()
+    loading, loaded = model_pb2.MODEL_STATE_LOADING, model_pb2.MODEL_STATE_LOADED
+    for number, (state, at) in enumerate([(loading, 1), (loaded, 1), (loaded, 2)], 1):
+        lines.show(crashed(number, state, at=at))
+    lines.show(StartedOver(Reason.REVISION_GONE, "start_revision 0", restarted=True))
+    shown, notes = capsys.readouterr()
+
+    assert [line.split("  a  ")[1] for line in shown.splitlines()] == [
+        "loaded -> loading: It was ended by SIGKILL.",
+        "loaded (changed)",
+        "loaded: It was ended by SIGKILL.",
+    ]
+    assert notes.strip() == "The server has restarted; starting over."

@@ -159,7 +159,7 @@ def _array(element_type: int, length: int) -> bytes:
 TENSORS_AT = 24 + len(gb.name("general.architecture") + gb.text("llama"))
 
 WRONG: dict[str, tuple[Gguf, str, int]] = {
-    "magic": (Gguf(magic=b"GGML"), "does not start with GGUF but with b'GGML'", 0),
+    "magic": (Gguf(magic=b"GGML"), "is no GGUF file: it starts with b'GGML' and not with GGUF", 0),
     "git lfs pointer": (Gguf(magic=b"vers"), "is a Git LFS pointer", 0),
     "version 0": (Gguf(version=0), "has GGUF version 0", 4),
     "too many tensors": (Gguf(tensor_count=2**63), "the number of tensors is 9223372036854775808", 8),

@@ -43,6 +43,63 @@ def test_auto_is_for_people_when_standard_error_is_a_terminal() -> None:
     assert not text.lstrip().startswith("{")
 
 
+SIZES = """
+import sys
+from paddock_server.logs import configure_logging
+import structlog
+
+configure_logging("info", sys.argv[1])
+structlog.get_logger().info("memory_budget", RAM=21703130726)
+structlog.get_logger().info("other", free_bytes=2048, count=21703130726)
+"""
+
+
+@pytest.mark.parametrize(
+    ("log_format", "texts"),
+    [
+        ("console", ["RAM=20.2 GiB", "free_bytes=2.0 KiB", "count=21703130726"]),
+        ("json", ['"RAM": 21703130726', '"free_bytes": 2048']),
+    ],
+)
+def test_sizes_are_for_people_in_a_terminal_and_bytes_for_programs(log_format: str, texts: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIZES, log_format], capture_output=True, text=True, check=True, timeout=30
+    )
+
+    said = done.stderr.replace("'", "")
+    assert [text for text in texts if text not in said] == []
+
+
+SECRET = """
+import sys
+{configure}
+import structlog, logging
+
+def fail(prompt):
+    answer = "secret " + prompt
+    raise RuntimeError("it failed")
+
+for log in (structlog.get_logger(), logging.getLogger("other")):
+    try:
+        fail("-".join(["three", "blind", "mice"]))
+    except RuntimeError:
+        log.exception("something_failed")
+"""
+CONFIGURE = "from paddock_server.logs import configure_logging; configure_logging('info', sys.argv[1])"
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_logged_exception_shows_no_local_variable(log_format: str) -> None:
+    """A newcomer saw prompts and generated tokens in his terminal."""
+    code = SECRET.format(configure=CONFIGURE)
+    done = subprocess.run(
+        [sys.executable, "-c", code, log_format], capture_output=True, text=True, check=True, timeout=30
+    )
+
+    assert done.stderr.count("RuntimeError: it failed") == 2
+    assert "three-blind-mice" not in done.stderr + done.stdout
+
+
 FULL = """
 import resource, sys
 from paddock_server.logs import configure_logging

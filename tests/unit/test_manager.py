@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -508,6 +509,19 @@ async def test_without_idle_unloading_nothing_expires(server: Server) -> None:
         model = await server.manager.snapshot("a")
     assert not model.HasField("expire_time")
     assert model.HasField("last_use_time")
+
+
+async def test_an_idle_time_out_that_is_set_counts_from_the_command() -> None:
+    options = model_pb2.RuntimeOptions()
+    options.idle_timeout.FromSeconds(5)
+    async with Server("a") as server:
+        await loads(server.manager, "a")
+        await asyncio.sleep(0.3)
+        begun = time.time()
+        reload = pb.LOAD_CONFLICT_POLICY_RELOAD
+        told = await loads(server.manager, "a", runtime_options=options, conflict_policy=reload)
+        expires = told[-1].loaded.model.expire_time.ToNanoseconds() / 1e9
+        assert begun + 4.99 <= expires <= time.time() + 5.01
 
 
 async def test_stopping_lets_requests_end_and_refuses_new_ones(server: Server) -> None:

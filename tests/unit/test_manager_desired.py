@@ -464,3 +464,20 @@ def test_what_is_kept_before_a_load_goes_along_when_the_model_gets_another_id() 
     desired.expect("b", eight)
     desired.failed("b", eight, for_good=True)
     assert desired.loads == {"new": two, "b": two}
+
+
+async def test_what_is_remembered_of_a_model_that_is_not_there_is_forgotten_by_an_unload(
+    state_file: Path,
+) -> None:
+    async with Server("a", "b", state_file=state_file) as server:
+        await loads(server.manager, "a")
+        await loads(server.manager, "b")
+        await server.manager.pin(pb.PinRequest(model="a"))
+    async with Server("b", state_file=state_file) as server:
+        response = await server.manager.unload(pb.UnloadRequest(model="a"))
+        assert (response.model.id, response.model.state) == ("a", model_pb2.MODEL_STATE_UNLOADED)
+        state = read_state(state_file)
+        assert (list(state.loads), state.pins, list(state.files)) == (["b"], {}, ["b"]), "on the disk"
+        with pytest.raises(PaddockError) as caught:
+            await server.manager.unload(pb.UnloadRequest(model="a"))
+        assert caught.value.reason == Reason.MODEL_NOT_FOUND

@@ -170,22 +170,30 @@ async def test_a_load_fails_with_the_first_failure_and_what_came_up_serves(serve
     assert (model.state, pids(model)) == (model_pb2.MODEL_STATE_LOADED, [1000])
 
 
+async def pinned_b(server: Server) -> None:
+    """Have `b` leave `a` room for one replica of two."""
+    await loads(server.manager, "b")
+    await server.manager.pin(pb.PinRequest(model="b"))
+
+
 async def test_replicas_that_do_not_fit_beside_each_other_are_refused_at_once() -> None:
-    server = Server("a", "b", models_max=1)
+    server = Server("a", "b", models_max=2)
     configured(server, 2)
     async with server:
+        await pinned_b(server)
         with pytest.raises(PaddockError) as caught:
             await loads(server.manager, "a")
         assert caught.value.reason == Reason.INSUFFICIENT_MEMORY
         assert "\0" not in f"{caught.value.message}{caught.value.metadata}"
         model = await now(server)
-        assert (model.state, pids(model)) == (model_pb2.MODEL_STATE_LOADED, [1000])
+        assert (model.state, pids(model)) == (model_pb2.MODEL_STATE_LOADED, [1001])
 
 
 async def test_a_replica_that_found_no_room_is_not_tried_again_for_every_request() -> None:
-    server = Server("a", models_max=1)
+    server = Server("a", "b", models_max=2)
     configured(server, 2)
     async with server:
+        await pinned_b(server)
         with pytest.raises(PaddockError, match="does not fit beside"):
             await loads(server.manager, "a")
         before = server.manager.listing().revision

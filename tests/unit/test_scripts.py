@@ -16,6 +16,7 @@ import pytest
 import bootstrap
 import gen_protos
 import llama_wheel
+import run_demo
 from steps import StepError, fingerprint, run
 from tools import lacking_go
 from venvs import Environment, split_lock
@@ -69,6 +70,33 @@ def test_a_cause_is_told_once_however_many_lines_point_at_it(tmp_path: Path) -> 
 def test_a_step_whose_program_is_missing_names_it(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="there is no program paddock-no-such-tool"):
         run("building", ["paddock-no-such-tool"], log=tmp_path / "log")
+
+
+INTERRUPTED_IMPORT = """
+import runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Interrupts())
+sys.path.insert(0, {scripts!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [("run_demo.py", "argparse"), ("run_demo.py", "steps"), ("bootstrap.py", "llama_wheel")],
+)
+def test_ctrl_c_while_a_script_still_imports_ends_it_without_a_word(script: str, module: str) -> None:
+    code = INTERRUPTED_IMPORT.format(module=module, scripts=str(SCRIPTS), script=str(SCRIPTS / script))
+
+    done = subprocess.run(python(code), capture_output=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_an_interrupted_step_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -208,3 +236,34 @@ def test_stubs_that_differ_are_counted_and_written(tmp_path: Path, monkeypatch: 
     assert (kept / "v1" / "stale_pb2.py").exists()
     assert gen_protos.compare_or_write(["v1"], made, check=False) == 2
     assert gen_protos.compare_or_write(["v1"], made, check=True) == 0
+
+
+@pytest.mark.parametrize("has_grpcurl", [True, False])
+def test_the_last_page_of_make_run_fits_a_small_terminal_below_the_answer(
+    has_grpcurl: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def which(name: str) -> str | None:
+        return name if has_grpcurl else None
+
+    monkeypatch.setattr(run_demo.shutil, "which", which)
+    monkeypatch.setattr(run_demo, "CACHE", run_demo.ROOT / ".none")
+
+    run_demo.tell_what_next(8080, 50051)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 18  # of 22; the answer takes the others
+    assert max(map(len, lines)) <= 80
+    assert any("make tools" in line for line in lines) is not has_grpcurl
+
+
+def test_ports_that_are_taken_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_listening(port: int) -> bool:
+        return port in taken
+
+    monkeypatch.setattr(run_demo, "is_listening", is_listening)
+    taken = {8080}
+    with pytest.raises(StepError, match=r"^port 8080 is taken"):
+        run_demo.show(8080, 50051)
+    taken = {8080, 50051}
+    with pytest.raises(StepError, match=r"^ports 8080 and 50051 are taken"):
+        run_demo.show(8080, 50051)

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paddock_server.state_files import StateFileError, read_document, read_or_set_aside
+from paddock_server.state_files import (
+    StateFile,
+    StateFileError,
+    check_directory,
+    read_document,
+    read_or_set_aside,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,3 +101,39 @@ def test_a_file_that_cannot_be_read_or_moved_is_left_and_warned_of(
     assert remembered(path) is None
     assert path.exists()
     assert "state_file_unreadable" in capsys.readouterr().out
+
+
+def test_a_directory_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_directory(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        check_directory(tmp_path / "file")
+
+
+def test_what_could_not_be_written_is_written_later_and_the_log_says_both(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    async def change_twice() -> None:
+        file = StateFile(path, lambda: b"content")
+        running = asyncio.create_task(file.run())
+        file.changed()
+        await file.caught_up()
+        said.append(capsys.readouterr().out)
+        await asyncio.to_thread(path.rmdir)
+        file.changed()
+        await file.caught_up()
+        file.close()
+        await running
+
+    path.mkdir()  # no file can take its name
+    asyncio.run(change_twice())
+    assert "state_file_not_written" in said[0]
+    assert "would not outlive this server" in said[0]
+    assert "state_file_written_again" in capsys.readouterr().out
+    assert path.read_bytes() == b"content"

@@ -254,7 +254,12 @@ async def test_a_process_that_cannot_be_killed_ends_the_ladder_too() -> None:
 
     with structlog.testing.capture_logs() as entries:
         gone = await descend(
-            process, sink, grace_seconds=0.0, timeouts=timeouts, log=structlog.get_logger().bind(model="m")
+            process,
+            sink,
+            grace_seconds=0.0,
+            hurried=asyncio.Event(),
+            timeouts=timeouts,
+            log=structlog.get_logger().bind(model="m"),
         )
 
     assert not gone
@@ -266,6 +271,18 @@ async def test_a_process_that_cannot_be_killed_ends_the_ladder_too() -> None:
         ("worker_killed", "warning"),
         ("worker_unkillable", "error"),
     ]
+
+
+async def test_a_hurry_ends_the_grace_of_a_stop_under_way() -> None:
+    process, sink, hurried = Immortal(), Sink(), asyncio.Event()
+    timeouts = SupervisorTimeouts(terminate=0.0, kill=0.0)
+    log = structlog.get_logger().bind(model="m")
+
+    asyncio.get_running_loop().call_soon(hurried.set)
+    async with asyncio.timeout(10):
+        await descend(process, sink, grace_seconds=1000, hurried=hurried, timeouts=timeouts, log=log)
+
+    assert process.received == [signal.SIGTERM, signal.SIGKILL]
 
 
 # Environments

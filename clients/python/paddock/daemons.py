@@ -7,11 +7,14 @@ import contextlib
 import gc
 import importlib.util
 import ipaddress
+import os
 import signal
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from types import FrameType
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,36 +31,49 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-@contextlib.asynccontextmanager
-async def told_to_stop() -> AsyncGenerator[asyncio.Event]:
-    """Give an event that SIGTERM and SIGINT set, for a block that then drains and ends.
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What SIGTERM and SIGINT have asked for so far."""
 
-    A second signal cancels the block: what was still draining is cut, and the block counts as done. Only for
-    the main thread. Raises `CancelledError` when somebody else cancels the task.
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by the first: let what runs end, for a while."""
+
+    at_once: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by the second: end what still runs, and tell whoever waits for it why. Nothing is cancelled by a
+    signal itself: a drain that is cut in the middle would tell nobody anything."""
+
+
+@contextlib.asynccontextmanager
+async def told_to_stop(*, ends_process: bool = False) -> AsyncGenerator[Stop]:
+    """Give what SIGTERM and SIGINT ask for, for a block that then drains and ends. Only for the main thread.
+
+    Args:
+        ends_process: Whether nothing comes after the block but the end of the process. A signal after a stop
+            then ends it on the spot, with exit code 0, instead of with a traceback out of the interpreter's
+            own end.
     """
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    cuts = 0
 
     def on_signal() -> None:
-        nonlocal cuts
-        if stop.is_set() and task is not None:
-            cuts += task.cancel()
-        stop.set()
+        if stop.asked.is_set():
+            stop.at_once.set()
+        stop.asked.set()
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
         yield stop
-    except asyncio.CancelledError:
-        if task is None or cuts == 0 or task.cancelling() > cuts:
-            raise  # somebody else cancelled
-        for _ in range(cuts):
-            task.uncancel()
     finally:
         for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)
+            if ends_process and stop.asked.is_set():
+                signal.signal(number, _end_now)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    os._exit(0)
 
 
 def settle_heap() -> None:

@@ -82,6 +82,11 @@ class Catalog:
         """How many models of the latest scan cannot be loaded for what their files are."""
         return sum(entry.problem is not None for entry in self._served.values())
 
+    def stamps(self) -> Mapping[str, object]:
+        """How the model directories look now, without a scan: other than before where a scan would find
+        something new."""
+        return self._directories.stamps()
+
     def resolve_local(self, path: str) -> CatalogEntry:
         """The model at a path relative to a model directory, whether or not a scan finds it.
 

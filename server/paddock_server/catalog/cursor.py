@@ -59,7 +59,7 @@ class Cursor:
         self.subject = "the magic number"
         self._file = file
         self._path = path
-        self._size = size
+        self.size = size
         self._end = min(size, limit)
         self._buffer = b""
         self._buffer_offset = 0
@@ -124,7 +124,7 @@ class Cursor:
     def _check(self, count: int, start: int) -> None:
         if count <= self._end - start:
             return
-        if self._end < self._size:
+        if self._end < self.size:
             self.fail(f"the header goes on past {self._end} bytes, in {self.subject}", start)
         self.fail(f"the file ends in {self.subject}", start)
 

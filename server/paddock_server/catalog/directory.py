@@ -75,6 +75,8 @@ class ModelDirectories:
         self._roots = ModelRoots(directories)
         self._hub_cache = hub_cache
         self._known: dict[Path, _Known] = {}
+        self._folders: list[str] = []
+        self._watched: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
     @property
@@ -93,13 +95,24 @@ class ModelDirectories:
         found: dict[str, list[CatalogEntry]] = {}
         with self._lock:
             self._known = {path: known for path, known in self._known.items() if exists(path)}
+            self._folders = []
             for root in self._roots.paths:
                 for entry in self._root_entries(root):
                     found.setdefault(entry.id, []).append(entry)
+            broken = (str(path) for path, known in self._known.items() if isinstance(known.result, _Fault))
+            self._watched = (*self._folders, *broken)
         return {
             id_: entries[0] if len(entries) == 1 else conflict(id_, entries)
             for id_, entries in sorted(found.items())
         }
+
+    def stamps(self) -> dict[str, tuple[int, int, int] | None]:
+        """How what a scan goes by looks now: where nothing of it changes, a scan would find nothing new.
+
+        It is the folders, whose times of change tell of files that come and go, and the files that were no
+        good: somebody may still be writing them. A good file that is written over is not looked at.
+        """
+        return {path: _stamp(path) for path in self._watched}
 
     def scan_hub(self) -> dict[str, CatalogEntry]:
         """All models in the hub's cache by id."""
@@ -172,6 +185,7 @@ class ModelDirectories:
         return replace(entry, mmproj_path=path, projector=facts)
 
     def _root_entries(self, root: Path) -> Iterator[CatalogEntry]:
+        self._folders.append(str(root))
         try:
             listing = self._roots.listing(root, root)
         except OSError as error:
@@ -212,6 +226,7 @@ class ModelDirectories:
         if folder.fault is not None:
             yield _broken_folder(folder, folder.fault, _FILE_SYSTEM)
             return
+        self._folders.append(str(folder.path))
         try:
             listing = self._roots.listing(folder.path, root)
         except OSError as error:
@@ -324,6 +339,14 @@ class ModelDirectories:
             return _Fault(Reason.UNSUPPORTED_MODEL, f"cannot be read: {error.strerror}", _FILE_SYSTEM)
         self._known[file.path] = _Known(stamp, result)
         return result
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116  # thousands of them every few seconds: a Path costs as much again
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_facts(path: Path) -> ModelFacts | _Fault:

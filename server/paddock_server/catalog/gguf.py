@@ -159,11 +159,13 @@ def _padded(value: int, alignment: int) -> int:
 
 
 def _read_version(cursor: Cursor) -> int:
+    if cursor.size == 0:
+        cursor.fail("the file is empty", 0)
     magic = cursor.take(4)
     if magic == b"vers":
         cursor.fail("is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`", 0)
     if magic != b"GGUF":
-        cursor.fail(f"does not start with GGUF but with {magic!r}", 0)
+        cursor.fail(f"is no GGUF file: it starts with {magic!r} and not with GGUF", 0)
     cursor.subject = "the version"
     version = cursor.u32()
     if version == 0:

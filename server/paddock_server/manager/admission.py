@@ -151,15 +151,22 @@ class MemoryAdmission:
         )
 
     def figures(self, held: Mapping[str, Cost], cost: Cost) -> Mapping[str, str]:
-        """Return what is needed, what is free, and who holds what; bytes by device."""
+        """Return what is needed, what is free, and who holds what; bytes by device.
+
+        Where all places are taken and there would be bytes enough, the bytes are no reason and are left out.
+        """
         there = {model: _footprint(one) for model, one in held.items()}
         used = _sum(there.values())
         wanted = _footprint(cost)
         figures: dict[str, str] = {}
+        limited = [device for device, _ in wanted.device_bytes if device in self.budget]
+        sizes = dict(wanted.device_bytes)
         if self.models_max and sum(one.places for one in there.values()) >= self.models_max:
             figures["models_max"] = str(self.models_max)
+            if all(used[device] + sizes[device] <= self.budget[device] for device in limited):
+                return figures | {f"held_by.{model}": "a place" for model, one in there.items() if one.places}
         for device, size in wanted.device_bytes:
-            if device in self.budget:
+            if device in limited:
                 figures[f"needed_bytes.{device}"] = str(size)
                 figures[f"free_bytes.{device}"] = str(max(0, self.budget[device] - used[device]))
                 figures[f"budget_bytes.{device}"] = str(self.budget[device])

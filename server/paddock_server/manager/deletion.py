@@ -68,7 +68,8 @@ class Deletions:
         Cancelling leaves: a model whose files are going is not listed with them.
 
         Raises:
-            PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; INVALID_FIELD it is in a model directory.
+            PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; MODEL_NOT_LOADED it has no files; INVALID_FIELD it is
+                in a model directory.
         """
         return await self._running.run(self._delete(request, job), f"delete-{request.model}")
 
@@ -83,6 +84,10 @@ class Deletions:
             )
         if replicas is None and job is None and not request.allow_missing:
             raise ModelNotFoundError.of(request.model)
+        if replicas is not None and replicas.entry.absent is not None and job is None:
+            if request.allow_missing:
+                return pb.DeleteResponse()
+            raise failures.no_files(model).error()
         sharing = self._sharing(replicas)
         for one in sharing:
             if not one.is_at_rest:

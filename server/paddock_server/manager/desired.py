@@ -112,6 +112,16 @@ class DesiredLoads:
         self._note_file(model, file)
         self._file.changed()
 
+    def knows(self, model: str) -> bool:
+        """Return whether anything is kept of a model."""
+        return model in self._loads or model in self._pins
+
+    def forget(self, model: str) -> None:
+        """Forget all that is kept of a model that is not there any more."""
+        self._before.pop(model, None)
+        self._pins.pop(model, None)
+        self._set(model, None)
+
     def pin(self, model: str, pinned: bool, file: str) -> None:
         """Keep that a model, which is in a file, is pinned, or is not."""
         if self._pins.get(model) is not pinned:

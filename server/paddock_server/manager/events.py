@@ -125,7 +125,7 @@ class ChangeLog:
             msg = "start_revision"
             raise InvalidFieldError.of(msg, "must not be negative; 0 starts with the current state")
         if request.instance_id and request.instance_id != self._instance_id:
-            raise _gone(start, "they are of a server that has restarted since")
+            raise _gone(start, "they are of a server that has restarted since", instance_id=self._instance_id)
         if start == 0:
             return [
                 pb.WatchResponse(revision=self.revision, changed=pb.ModelChanged(model=model))
@@ -147,11 +147,12 @@ def _synced(revision: int) -> pb.WatchResponse:
     return pb.WatchResponse(revision=revision, synced=pb.Synced())
 
 
-def _gone(start: int, why: str) -> Exception:
+def _gone(start: int, why: str, **metadata: str) -> Exception:
+    """Return the error; `metadata` has what a program wants to know beside the start."""
     return make_error(
         Reason.REVISION_GONE,
         f"Changes cannot be sent from revision {start} on: {why}. Start over with start_revision 0.",
-        metadata={"start_revision": str(start)},
+        metadata={"start_revision": str(start), **metadata},
     )
 
 

@@ -212,6 +212,15 @@ def not_downloaded(model: str) -> Failure:
     )
 
 
+def no_files(model: str) -> Failure:
+    """Return the refusal to delete a model that has not been downloaded."""
+    return Failure(
+        Reason.MODEL_NOT_LOADED,
+        f"Model {model!r} is not on this machine; there are no files of it to delete.",
+        {"model": model, "downloaded": "false"},
+    )
+
+
 def model_in_use(model: str, requests: int) -> Failure:
     """Return the refusal of a call that would take the model from requests that use it."""
     return Failure(
@@ -257,6 +266,26 @@ def never_fits(model: str, figures: Mapping[str, str]) -> Failure:
         Reason.INSUFFICIENT_MEMORY,
         f"Model {model!r} does not fit even when nothing else is loaded: {_told(figures)}.",
         {"model": model, **figures},
+    )
+
+
+def too_many_replicas(model: str, count: int, models_max: int) -> Failure:
+    """Return the refusal of more replicas than there may be workers."""
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"Model {model!r} cannot have {count} replicas: models_max is {models_max}, and each replica counts. "
+        "Ask for fewer replicas, or start the server with a higher --models-max.",
+        {"model": model, "replica_count": str(count), "models_max": str(models_max)},
+    )
+
+
+def replicas_never_fit(model: str, count: int, figures: Mapping[str, str]) -> Failure:
+    """Return the refusal of replicas that would not fit together beside nothing at all."""
+    return Failure(
+        Reason.INSUFFICIENT_MEMORY,
+        f"{count} replicas of model {model!r} do not fit even when nothing else is loaded: {_told(figures)}. "
+        "Ask for fewer replicas.",
+        {"model": model, "replica_count": str(count), **figures},
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
-from paddock.errors import PaddockError
+from paddock.errors import ModelNotFoundError, PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.downloads.process import FetcherLauncher
@@ -18,6 +18,7 @@ from paddock_server.manager import failure as failures
 from paddock_server.manager.admission import MemoryAdmission
 from paddock_server.manager.desired import DesiredLoads
 from paddock_server.manager.events import ChangeLog
+from paddock_server.manager.fitting import Fitting
 from paddock_server.manager.hub import HubModels, HubTools
 from paddock_server.manager.loop import Limited, ManagerLoop, ReplicaLoop
 from paddock_server.manager.messages import Conflict, LoadAsked
@@ -29,12 +30,11 @@ from paddock_server.manager.registry import Registry, RegistryTools, file_of
 from paddock_server.manager.replica_set import ReplicaSet
 from paddock_server.manager.replicas import shown_name
 from paddock_server.manager.residency import Residency
-from paddock_server.manager.snapshot import Listing, logs_response
+from paddock_server.manager.snapshot import Listing, forgotten, logs_response
 from paddock_server.manager.sources import entry_problem
 from paddock_server.manager.startup import Startup
-from paddock_server.manager.state import Limits
 from paddock_server.manager.tasks import Tasks
-from paddock_server.manager.tools import Rules, SetTools, Tools
+from paddock_server.manager.tools import Rules, SetTools, Tools, limits_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping
@@ -96,7 +96,7 @@ class ModelManager:
         """New for every server: revisions and load ids of different ones are not comparable."""
 
         admission = admission or MemoryAdmission(config.models_max)
-        self._rules = Rules(config, _limits(config), admission)
+        self._rules = Rules(config, limits_of(config), admission)
         self._settings = settings
         self._changes = ChangeLog(self.instance_id, self._models)
         self._residency = Residency(
@@ -117,8 +117,10 @@ class ModelManager:
         self.memory_measured = predicts.measured
         """Gives the bytes that an earlier load of the same was measured to take, by device."""
 
-        set_tools = self._set_tools(launcher, predicts)
+        fitting = Fitting(predicts, self._rules)
+        set_tools = self._set_tools(launcher, predicts, fitting)
         registry_tools = RegistryTools(
+            never_fits=fitting.refusal,
             instance_id=self.instance_id,
             new_set=lambda entry: ReplicaSet(entry, set_tools),
             hub_id_of=lambda name: self.hub.id_of(name),
@@ -131,7 +133,7 @@ class ModelManager:
         self._pending = PendingLoads(self.hub, self._desired, self._load_by_id)
         self._waiting = 0
 
-    def _set_tools(self, launcher: WorkerLauncher, predictor: Predictor) -> SetTools:
+    def _set_tools(self, launcher: WorkerLauncher, predictor: Predictor, fitting: Fitting) -> SetTools:
         def tools_of(replica: str) -> Tools:
             return Tools(
                 launcher=launcher,
@@ -147,6 +149,7 @@ class ModelManager:
             new_state=lambda entry: self._registry.new_state(entry),
             started=self._started,
             ended=self._ended,
+            never_fits=fitting.refusal,
             completed=lambda model, entry: self.hub.completed(model, entry),
             vanished=self._vanished,
             expect=self._expect,
@@ -200,6 +203,11 @@ class ModelManager:
         if self._writer is not None:
             await asyncio.wait({self._writer})
         await self._tasks.cancel()
+
+    def hurry(self) -> None:
+        """Give what `stop` lets run on no more time: it ends now, with SHUTTING_DOWN."""
+        for replicas in self._registry.sets.values():
+            replicas.close(0)
 
     @property
     def config(self) -> ManagerConfig:
@@ -278,13 +286,15 @@ class ModelManager:
         return WouldLoad(entry, options, are_slots_set(entry, wish))
 
     async def unload(self, request: pb.UnloadRequest) -> pb.UnloadResponse:
-        """Unload a model; returns when its worker is gone.
+        """Unload a model; returns when its worker is gone. One that is remembered alone is forgotten.
 
         Raises:
             PaddockError: MODEL_NOT_FOUND, LOAD_ID_MISMATCH.
         """
         aborted = 0
         wanted = self.hub.wanted(request.model)
+        name = request.model if wanted is None else wanted.name
+        is_remembered = self._desired.knows(name) and not request.load_id
         if wanted is not None and not request.load_id:  # A load that still downloads has no id.
             aborted = await self.hub.call_off(wanted, failures.load_aborted(wanted.name))
             self._desired.put(wanted.name, None)
@@ -292,7 +302,14 @@ class ModelManager:
         if pending is not None:
             await self._desired.caught_up()
             return pb.UnloadResponse(model=pending, aborted_request_count=aborted)
-        replicas = await self._registry.find(request.model)
+        try:
+            replicas = await self._registry.find(request.model)
+        except ModelNotFoundError:
+            if not is_remembered:
+                raise
+            self._desired.forget(name)
+            await self._desired.caught_up()
+            return pb.UnloadResponse(model=forgotten(name), aborted_request_count=aborted)
         timeout = request.drain_timeout
         own = replicas.entry.setup.drain_seconds
         drain_seconds = self.config.drain_seconds if own is None else own
@@ -420,13 +437,21 @@ class ModelManager:
         self._loop.tell(Limited(self._rules.admission))
         return response
 
+    async def rescan(self) -> None:
+        """Read the model directories again, as somebody has seen that they have changed.
+
+        Raises:
+            PaddockError: SHUTTING_DOWN.
+        """
+        await self._registry.scan_soon()
+
     def _take_over(self, settings: Settings) -> bool:
         """Go by other settings of the server from now on; return whether they are others."""
         if settings.config == self._rules.config and settings.admission == self._rules.admission:
             return False
         log.info("settings_changed")
         self._rules.config = settings.config
-        self._rules.limits = _limits(settings.config)
+        self._rules.limits = limits_of(settings.config)
         self._rules.admission = settings.admission
         return True
 
@@ -473,13 +498,3 @@ class ModelManager:
     def _vanished(self, model: str) -> None:
         self._registry.forget(model)
         self._changes.deleted(model)
-
-
-def _limits(config: ManagerConfig) -> Limits:
-    return Limits(
-        waiters_max=config.queue_limit,
-        drain_seconds=config.drain_seconds,
-        admission_timeout_seconds=config.admission_timeout_seconds,
-        restart=config.restart,
-        load_restart=config.load_restart,
-    )

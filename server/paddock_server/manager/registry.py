@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,14 +19,21 @@ from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.catalog import NO_DEFAULTS, CatalogEntry, CatalogError, InvalidConfigError
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import EntryFound
-from paddock_server.manager.messages import DefaultsSet, FileFound, FileGone, TermsSet
-from paddock_server.manager.options import default_options, terms_of
+from paddock_server.manager.failure import Failure
+from paddock_server.manager.messages import DefaultsSet, FileFound, FileGone, NextLoad, TermsSet
+from paddock_server.manager.options import Terms, default_options, terms_of
 from paddock_server.manager.replica_set import ReplicaSet
-from paddock_server.manager.sources import config_problem, entry_problem, other_file, reload_error
+from paddock_server.manager.sources import (
+    config_problem,
+    entry_problem,
+    other_file,
+    reload_error,
+    unfit_problem,
+)
 from paddock_server.manager.state import ActorState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -51,6 +58,9 @@ class RegistryTools:
 
     new_set: Callable[[CatalogEntry], ReplicaSet]
     """Begins to serve a model."""
+
+    never_fits: Callable[[CatalogEntry, NextLoad, Terms], Awaitable[Failure | None]]
+    """Returns why a load does not fit even when nothing else is loaded."""
 
     hub_id_of: Callable[[str], str]
     """Returns the id that an `hf:` name means, or the name itself."""
@@ -109,7 +119,7 @@ class Registry:
             PaddockError: MODEL_NOT_FOUND, SHUTTING_DOWN.
         """
         if self.id_of(name) not in self._sets:
-            await self._scan_soon()
+            await self.scan_soon()
         try:
             return self._sets[self.id_of(name)]
         except KeyError:
@@ -123,7 +133,7 @@ class Registry:
         """
         replicas = self._sets.get(self.id_of(name))
         if replicas is not None and (replicas.entry.problem is not None or replicas.is_given_up):
-            await self._scan_soon()
+            await self.scan_soon()
         return await self.find(name)
 
     async def load_target(self, request: pb.LoadRequest) -> ReplicaSet:
@@ -213,14 +223,33 @@ class Registry:
             if self._closing:
                 raise failures.shutting_down().error()
             own = settings is not None and take_over(settings)
-            response = self._apply(found, reloading=True)
+            unfit = await self._unfit(found)
+            if self._closing:
+                raise failures.shutting_down().error()
+            response = self._apply(found, reloading=True, left=unfit.keys())
             if own:
                 self._set_defaults(found)
             problems = [*self._catalog.problems, *(settings.problems if settings is not None else ())]
             response.problems.extend(config_problem(one) for one in problems)
+            response.problems.extend(unfit_problem(found[model], unfit[model]) for model in unfit)
             return response
 
-    async def _scan_soon(self) -> None:
+    async def _unfit(self, found: Mapping[str, CatalogEntry]) -> dict[str, Failure]:
+        """Return the loaded models that a reload is not to load anew: that load could never fit."""
+        unfit: dict[str, Failure] = {}
+        for model, entry in found.items():
+            replicas = self._sets.get(model)
+            if replicas is None or entry.absent is not None or replicas.entry == entry:
+                continue
+            options = replicas.wish.filled(default_options(self._rules.config, entry.facts, entry.setup))
+            if replicas.would_load_anew(entry, options):
+                load = NextLoad(options, explicit=False, wish=replicas.wish)
+                failure = await self._tools.never_fits(entry, load, replicas.terms)
+                if failure is not None:
+                    unfit[model] = failure
+        return unfit
+
+    async def scan_soon(self) -> None:
         """Wait for a scan that begins after this call. Any number of callers share one a second."""
         if self._closing:
             raise failures.shutting_down().error()
@@ -251,8 +280,11 @@ class Registry:
                 continue
         return found
 
-    def _apply(self, found: Mapping[str, CatalogEntry], *, reloading: bool = False) -> pb.ReloadResponse:
-        """Take over what a scan found; only a reload touches the loads that are under way."""
+    def _apply(
+        self, found: Mapping[str, CatalogEntry], *, reloading: bool = False, left: Collection[str] = ()
+    ) -> pb.ReloadResponse:
+        """Take over what a scan found; only a reload touches the loads that are under way, but those of the
+        models that are `left` as they are."""
         difference = pb.ReloadResponse()
         self._names = {name: model for model, entry in found.items() for name in entry.setup.names}
         self._desired.follow(found, self._names, lambda model: file_of(found[model]))
@@ -262,7 +294,7 @@ class Registry:
                 self._sets[model] = self._tools.new_set(entry)
                 difference.added.append(model)
             elif replicas.is_gone or (replicas.entry is not entry and replicas.entry != entry):
-                self._follow(replicas, entry, reloading=reloading)
+                self._follow(replicas, entry, reloading=reloading and model not in left)
                 difference.changed.append(model)
             else:
                 difference.unchanged_count += 1

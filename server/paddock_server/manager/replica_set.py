@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
+
 from paddock.errors import PaddockError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock.v1 import model_pb2
 from paddock_server.manager import failure as failures
 from paddock_server.manager.actor import Acquiring, Actor, EntryFound
 from paddock_server.manager.asking import autoload as autoload_of
+from paddock_server.manager.home import Home
 from paddock_server.manager.messages import (
     AcquireAsked,
     CallerLeft,
@@ -41,55 +44,27 @@ from paddock_server.manager.replicas import (
     replica_id,
     route,
     state_of,
+    to_be_checked,
 )
 from paddock_server.manager.snapshot import public_state
+from paddock_server.manager.sources import other_file
 from paddock_server.manager.state import AT_REST, NEVER, UNUSED, ActorState, Phase
 from paddock_server.supervisor import LogRing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from structlog.typing import FilteringBoundLogger
+
     from paddock_server.catalog import CatalogEntry
     from paddock_server.manager.lease import Lease
     from paddock_server.manager.messages import Event
-    from paddock_server.manager.options import Terms, Wish
+    from paddock_server.manager.options import Options, Terms, Wish
     from paddock_server.manager.tools import SetTools
 
     Response = TypeVar("Response")
 
-
-class Home:
-    """What a replica's actor sees of its set: see `tools.Home`."""
-
-    def __init__(self, replicas: ReplicaSet, tools: SetTools, replica: str, number: int) -> None:
-        self._replicas = replicas
-        self._tools = tools
-        self._replica = replica
-        self.number = number
-
-    def show(self) -> None:
-        """See `tools.Home`."""
-        self._replicas.show()
-
-    def stepped(self, old: ActorState, new: ActorState) -> None:
-        """See `tools.Home`."""
-        self._replicas.stepped(old, new)
-
-    def completed(self, model: model_pb2.Model, entry: CatalogEntry) -> model_pb2.Model:
-        """See `tools.Home`."""
-        return self._tools.completed(model, entry)
-
-    def expect(self, wish: Wish) -> None:
-        """See `tools.Home`."""
-        self._tools.expect(self._replicas.model, wish)
-
-    def remember(self, wish: Wish | None) -> None:
-        """See `tools.Home`."""
-        self._tools.remember(self._replicas.model, wish)
-
-    def vanished(self) -> None:
-        """See `tools.Home`."""
-        self._replicas.forget(self._replica)
+log: FilteringBoundLogger = structlog.get_logger()
 
 
 class ReplicaSet:
@@ -157,6 +132,11 @@ class ReplicaSet:
     def wish(self) -> Wish:
         """Which options somebody has set for the current or latest load."""
         return self._first.state.wish
+
+    def would_load_anew(self, entry: CatalogEntry, options: Options) -> bool:
+        """Whether it is in memory, or on its way there or out, with other files or options than these."""
+        differs = other_file(self.entry, entry) or self._first.state.options != options
+        return differs and not self.is_unused
 
     @property
     def serves(self) -> bool:
@@ -329,6 +309,32 @@ class ReplicaSet:
         if not isinstance(subscription, Subscription):
             message = f"{subscription!r} cannot follow a load"
             raise TypeError(message)
+        checked = to_be_checked([actor.state for actor in self._staying], asked)
+        if checked is None:
+            self._begin(asked, subscription)
+        else:
+            self._tools.task(self._begin_if_it_fits(asked, subscription, checked), f"check-{self.model}")
+
+    async def _begin_if_it_fits(
+        self, asked: LoadAsked, subscription: Subscription, checked: NextLoad
+    ) -> None:
+        """Begin a load, or refuse what can never fit: then what is loaded serves on, untouched."""
+        failure: failures.Failure | None = failures.internal(self.model)
+        try:
+            failure = await self._tools.never_fits(self.entry, checked, self.terms)
+            if not self._actors:
+                failure = failures.model_not_found(self.model)
+        except asyncio.CancelledError:
+            failure = failures.shutting_down()
+            raise
+        finally:
+            if failure is None:
+                self._begin(asked, subscription)
+            else:
+                log.warning("load_refused", model=self.model, reason=failure.reason, failure=failure.message)
+                subscription.fail(failure)
+
+    def _begin(self, asked: LoadAsked, subscription: Subscription) -> None:
         states = [actor.state for actor in self._staying]
         if is_about_one(states, asked.wish):
             self._first.tell(asked)
@@ -423,7 +429,7 @@ class ReplicaSet:
             actor.tell(message)
 
     def close(self, drain_seconds: float) -> None:
-        """Have all replicas end, as the server stops."""
+        """Have all replicas end, as the server stops. Once more with 0 ends what still runs."""
         self._closing = CloseAsked(drain_seconds)
         for actor in self.actors:
             actor.tell(self._closing)

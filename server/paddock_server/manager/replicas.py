@@ -188,6 +188,27 @@ def plan_load(states: Sequence[ActorState], asked: LoadAsked) -> LoadPlan | Fail
     return LoadPlan(wanted.replica_count, NextLoad(wanted, explicit=False, wish=load.wish.and_then(wish)))
 
 
+def to_be_checked(states: Sequence[ActorState], asked: LoadAsked) -> NextLoad | None:
+    """Return the load that a Load would begin at the cost of what is loaded, so that it is only begun if it
+    can ever fit; None where nothing would go for it, or where the manager loop finds out in time.
+
+    One load beside others is refused by the loop before anybody goes. Several at once are refused there one
+    by one, when others have gone for the first of them.
+    """
+    if not is_about_one(states, asked.wish):
+        planned = plan_load(states, asked)
+        if isinstance(planned, LoadPlan) and any(
+            state.phase is not Phase.READY or state.options != planned.begun.options for state in states
+        ):
+            return planned.begun
+        return None
+    state, wish = states[0], asked.wish
+    reloads = state.phase is Phase.READY and asked.conflict is Conflict.RELOAD
+    if not (reloads and wish.conflicts(state.options, state.effective)):
+        return None
+    return NextLoad(wish.filled(state.defaults), explicit=False, wish=wish)
+
+
 def _plan(wish: Wish, defaults: Options) -> LoadPlan:
     options = wish.filled(defaults)
     return LoadPlan(options.replica_count, NextLoad(options, explicit=False, wish=wish))

@@ -125,7 +125,7 @@ def model_proto(
         model.last_failure.CopyFrom(state.failure.to_proto(times.failed))
     if state.phase is Phase.READY:
         _set(model.load_time, times.loaded)
-        expire = _expire_time(state, times, now)
+        expire = _expire_time(state, now)
         if expire is not None:
             _set(model.expire_time, expire)
     if held is not None:
@@ -136,14 +136,14 @@ def model_proto(
     return model
 
 
-def _expire_time(state: ActorState, times: Times, now: Clocks) -> float | None:
+def _expire_time(state: ActorState, now: Clocks) -> float | None:
     """Return when the model goes or falls asleep, if nobody uses it; None: it does not."""
     options = state.options
     bounds = [seconds for seconds in (options.idle_timeout_seconds, options.sleep_timeout_seconds) if seconds]
     if not bounds or state.terms.pinned:
         return None
-    used = now.epoch if state.leases else max(times.last_use, times.loaded)
-    return max(used + min(bounds), state.keep_until - now.loop + now.epoch)
+    begun = now.loop if state.leases else state.idle_since
+    return max(begun + min(bounds), state.keep_until) - now.loop + now.epoch
 
 
 _PHASES: Final = {
@@ -166,6 +166,13 @@ def _worker(worker: LiveWorker, state: ActorState) -> model_pb2.Worker:
         proto.queued_request_count = heartbeat.queued_request_count
         proto.kv_cache_used_tokens = heartbeat.kv_cache_used_tokens
     return proto
+
+
+def forgotten(name: str) -> model_pb2.Model:
+    """Return a model of which there was nothing but what was remembered."""
+    return model_pb2.Model(
+        id=name, state=model_pb2.MODEL_STATE_UNLOADED, artifact_state=model_pb2.ARTIFACT_STATE_ABSENT
+    )
 
 
 def logs_response(batch: LogBatch) -> pb.StreamLogsResponse:

@@ -81,6 +81,12 @@ def config_problem(found: Problem) -> pb.ConfigProblem:
     return pb.ConfigProblem(file=place.file, line=place.line, key=found.key, message=found.message)
 
 
+def unfit_problem(entry: CatalogEntry, failure: Failure) -> pb.ConfigProblem:
+    """Return the message about a loaded model whose new files or options can never fit."""
+    message = f"{failure.message} The model stays loaded as it is."
+    return pb.ConfigProblem(file=entry.relative_path, key=f"models.{entry.id}", message=message)
+
+
 def reload_error(error: InvalidConfigError | CatalogError) -> PaddockError:
     """Return the error of a reload that changed nothing."""
     if not isinstance(error, InvalidConfigError):

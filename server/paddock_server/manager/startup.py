@@ -47,7 +47,7 @@ class Startup:
         """Load again what the operator had loaded; the latest loads first of all."""
         missing = [model for model in self.desired.loads if model not in remembered]
         if missing:
-            log.warning("remembered_models_missing", models=missing)
+            _warn_of_missing(missing)
         latest_first = dict(reversed(remembered.items()))
         room = models_max or sum(latest_first.values())
         for model in reversed(first_that_fit(latest_first, room)):
@@ -85,4 +85,9 @@ class Startup:
         elif model in self.registry.sets:
             self.registry.sets[model].load(asked)
         else:  # Its download had ended, and it goes by another name.
-            log.warning("remembered_models_missing", models=[model])
+            _warn_of_missing([model])
+
+
+def _warn_of_missing(models: list[str]) -> None:
+    advice = "They are loaded again when they are there again; `paddock unload NAME` forgets one."
+    log.warning("remembered_models_missing", models=models, advice=advice)

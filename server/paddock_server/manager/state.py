@@ -164,6 +164,10 @@ class ActorState:
     keep_until: float = 0.0
     """No idle time-out ends before: the latest that any request has asked for."""
 
+    idle_since: float = 0.0
+    """Since when idle time-outs count, while it is loaded without a lease: the end of its last use, its load,
+    or the command that set them or took a pin off."""
+
     drain_until: float = NEVER
     unloads: tuple[Caller, ...] = ()
     """Callers of Unload, who are answered when the worker is gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,9 @@ from paddock_server.manager.actor import Actor
 from paddock_server.manager.admission import Admission
 from paddock_server.manager.config import ManagerConfig
 from paddock_server.manager.events import ChangeLog
-from paddock_server.manager.options import Wish
+from paddock_server.manager.failure import Failure
+from paddock_server.manager.messages import NextLoad
+from paddock_server.manager.options import Terms, Wish
 from paddock_server.manager.prediction import Predictor
 from paddock_server.manager.residency import Holding
 from paddock_server.manager.run import WorkerLauncher
@@ -70,6 +72,17 @@ class Rules:
     admission: Admission
 
 
+def limits_of(config: ManagerConfig) -> Limits:
+    """Return what of the settings the transitions of a model go by."""
+    return Limits(
+        waiters_max=config.queue_limit,
+        drain_seconds=config.drain_seconds,
+        admission_timeout_seconds=config.admission_timeout_seconds,
+        restart=config.restart,
+        load_restart=config.load_restart,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What an actor works with."""
@@ -107,6 +120,9 @@ class SetTools:
 
     remember: Callable[[str, Wish | None], None]
     """Keeps an operator's load over a restart, or forgets it."""
+
+    never_fits: Callable[[CatalogEntry, NextLoad, Terms], Awaitable[Failure | None]]
+    """Returns why a load does not fit even when nothing else is loaded."""
 
     completed: Callable[[model_pb2.Model, CatalogEntry], model_pb2.Model]
     """Adds to a model as it is shown what is known of a download of it."""

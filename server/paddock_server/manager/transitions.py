@@ -341,6 +341,8 @@ def _file_gone(turn: Turn, event: FileGone) -> None:
 
 def _close_asked(turn: Turn, event: CloseAsked) -> None:
     if turn.state.closing:
+        if turn.state.phase is Phase.DRAINING and event.drain_seconds == 0:  # told again, to be quick
+            turn.abort_leases(Cause.SHUTDOWN)
         return
     turn.set(closing=True)
     phase = turn.state.phase

@@ -98,6 +98,7 @@ class Turn:
 
     def idle(self) -> None:
         """Note that a loaded model has no lease left."""
+        self.set(idle_since=self.now)
         state = self.state
         least = state.keep_until - self.now
         options = state.options

@@ -90,6 +90,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def hurry(self) -> None:
+        """End all workers at once, with SHUTTING_DOWN for what runs on them."""
+        ...
+
 
 class LocalLauncher:
     """Starts each worker as a process of this machine."""
@@ -103,6 +107,12 @@ class LocalLauncher:
         self._command = tuple(command)
         self._timeouts = timeouts or SupervisorTimeouts()
         self._extra_env = dict(extra_env or {})
+        self._workers: set[Worker] = set()
+
+    def hurry(self) -> None:
+        """End all workers at once."""
+        for worker in list(self._workers):
+            worker.hurry()
 
     async def start(self, spec: WorkerSpec) -> Worker:
         """Start a process and wait for its hello, its exit or the time-out, whichever is first."""
@@ -110,6 +120,8 @@ class LocalLauncher:
         connection = Connection(model_id=spec.model_id, instance_id=instance_id)
         process = await self._spawn(spec, connection, instance_id)
         worker = Worker(spec, process, connection, instance_id=instance_id, timeouts=self._timeouts)
+        self._workers.add(worker)
+        worker.exited.add_done_callback(lambda _: self._workers.discard(worker))
         log.info("worker_started", model=spec.model_id, load_id=spec.load_id, pid=worker.pid)
         try:
             await asyncio.wait(

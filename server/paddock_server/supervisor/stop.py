@@ -40,16 +40,25 @@ async def descend(
     connection: FrameSink,
     *,
     grace_seconds: float,
+    hurried: asyncio.Event,
     timeouts: SupervisorTimeouts,
     log: FilteringBoundLogger,
 ) -> bool:
     """End a process, each step harder than the one before, and say whether it is gone.
 
-    Takes at most `grace_seconds` and the two time-outs `terminate` and `kill`.
+    `hurried` ends the grace when it is set. Takes at most `grace_seconds` and the two time-outs `terminate`
+    and `kill`.
     """
     log.info("worker_shutdown_sent", grace_seconds=grace_seconds)
     connection.send(worker_pb2.ServerFrame(shutdown=worker_pb2.Shutdown()))
-    if await is_gone(process, grace_seconds):
+    hurry = asyncio.create_task(hurried.wait())
+    try:
+        await asyncio.wait(
+            {process.exited, hurry}, timeout=grace_seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        hurry.cancel()
+    if process.exited.done():
         return True
     log.info("worker_terminated", signal="SIGTERM", waited_seconds=grace_seconds)
     process.signal_group(signal.SIGTERM)

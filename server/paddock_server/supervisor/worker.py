@@ -70,6 +70,7 @@ class Worker:
         self._stop_asked = False
         self._cause = ""
         self._ending = False
+        self._hurried = asyncio.Event()
         self._stop_task: asyncio.Task[WorkerExit] | None = None
         self._watch_task = asyncio.create_task(self._watch(), name=f"watch-worker-{process.pid}")
         self._watch_task.add_done_callback(self._on_watch_done)
@@ -166,14 +167,23 @@ class Worker:
         if self._stop_task is None:
             if self._ending or self._process.exited.done():
                 return await asyncio.shield(self.exited)
-            # Before any signal, so that the exit it causes is never taken for a crash.
-            self._stop_asked = True
-            self._connection.fail_all(
-                lambda: _stopped(self._spec.model_id, reason),
-                load=lambda: _load_stopped(self._spec.model_id, reason),
-            )
-            self._stop_task = asyncio.create_task(self._stop(grace_seconds), name=f"stop-worker-{self.pid}")
+            self._stop_task = self._begin_stop(grace_seconds, reason)
         return await asyncio.shield(self._stop_task)
+
+    def hurry(self) -> None:
+        """End the worker at once, because the server does: without a grace, also in a stop under way."""
+        self._hurried.set()
+        if self._stop_task is None and not self._ending and not self._process.exited.done():
+            self._stop_task = self._begin_stop(0, Reason.SHUTTING_DOWN)
+
+    def _begin_stop(self, grace_seconds: float, reason: str) -> asyncio.Task[WorkerExit]:
+        # Before any signal, so that the exit it causes is never taken for a crash.
+        self._stop_asked = True
+        self._connection.fail_all(
+            lambda: _stopped(self._spec.model_id, reason),
+            load=lambda: _load_stopped(self._spec.model_id, reason),
+        )
+        return asyncio.create_task(self._stop(grace_seconds), name=f"stop-worker-{self.pid}")
 
     def kill(self, cause: str) -> None:
         """Kill the worker for a fault of its own, which `cause` says, to go after `because`. Counts as a
@@ -190,6 +200,7 @@ class Worker:
             self._process,
             self._connection,
             grace_seconds=grace_seconds,
+            hurried=self._hurried,
             timeouts=self._timeouts,
             log=self._log,
         )

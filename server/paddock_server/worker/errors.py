@@ -73,5 +73,16 @@ def context_length_exceeded(field: str, prompt_tokens: int, context_tokens: int)
     )
 
 
+def far_too_long(field: str, characters: int, context_tokens: int) -> WorkerError:
+    """Return the same error for a text so long that nobody counts its tokens."""
+    return WorkerError(
+        Reason.CONTEXT_LENGTH_EXCEEDED,
+        f"The prompt has {characters} characters, far more than the {context_tokens} tokens that a sequence "
+        "holds, output included.",
+        field=field,
+        metadata={"prompt_characters": str(characters), "context_tokens": str(context_tokens)},
+    )
+
+
 def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()

@@ -13,7 +13,7 @@ from paddock_server.worker import logprobs
 from paddock_server.worker.chat import ChatTemplate, SpecialTokens
 from paddock_server.worker.constrained import constrain
 from paddock_server.worker.embed import MOST_TEXTS, EmbedJob
-from paddock_server.worker.errors import context_length_exceeded, reject, reject_unimplemented
+from paddock_server.worker.errors import context_length_exceeded, far_too_long, reject, reject_unimplemented
 from paddock_server.worker.generation import MOST_CHOICES, ChoiceSampler, PreparedGeneration
 from paddock_server.worker.sampling import Sampling, check_sampling, make_sampler
 from paddock_server.worker.v1 import worker_pb2
@@ -27,7 +27,7 @@ MOST_STOP_SEQUENCES: Final = 16
 MOST_STOP_CHARACTERS: Final = 256
 MOST_LOGPROBS: Final = 20
 
-MOST_BYTES_PER_TOKEN: Final = 256
+MOST_CHARACTERS_PER_TOKEN: Final = 256
 """More than the tokens of any text have on average: a longer text is refused without tokenizing it."""
 
 LONGEST_RUN: Final = 100_000
@@ -215,8 +215,8 @@ class Preparer:
 
     def _tokens(self, text: str, field: str, limit: int) -> array[int]:
         size = len(text)
-        if size > limit * MOST_BYTES_PER_TOKEN:
-            raise context_length_exceeded(field, size // MOST_BYTES_PER_TOKEN, limit)
+        if size > limit * MOST_CHARACTERS_PER_TOKEN:
+            raise far_too_long(field, size, limit)
         check_runs(text, field)
         return self._vocab.tokenize(text, add_special=True, parse_special=True)
 

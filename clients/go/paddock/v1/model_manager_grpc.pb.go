@@ -76,6 +76,8 @@ type ModelManagerClient interface {
 	// Succeeds when the model is already unloaded. Aborts a load in progress, for
 	// all who called it. One that still downloads its model ends with it: the
 	// download goes on when somebody called `Download` for it, and else is paused.
+	// A model that is not there any more, and is remembered from when it was, is
+	// forgotten.
 	Unload(ctx context.Context, in *UnloadRequest, opts ...grpc.CallOption) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.
@@ -164,7 +166,8 @@ type ModelManagerClient interface {
 	// apart from those that another revision uses, and forgets its download.
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-	// download of it runs. Files in a model directory are the operator's: they
+	// download of it runs, and when a configuration file names it and it has no
+	// files yet. Files in a model directory are the operator's: they
 	// are refused with `INVALID_ARGUMENT`.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.
@@ -468,6 +471,8 @@ type ModelManagerServer interface {
 	// Succeeds when the model is already unloaded. Aborts a load in progress, for
 	// all who called it. One that still downloads its model ends with it: the
 	// download goes on when somebody called `Download` for it, and else is paused.
+	// A model that is not there any more, and is remembered from when it was, is
+	// forgotten.
 	Unload(context.Context, *UnloadRequest) (*UnloadResponse, error)
 	// Has a loaded model give its memory back while its process stays, and
 	// returns once it has.
@@ -556,7 +561,8 @@ type ModelManagerServer interface {
 	// apart from those that another revision uses, and forgets its download.
 	//
 	// Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-	// download of it runs. Files in a model directory are the operator's: they
+	// download of it runs, and when a configuration file names it and it has no
+	// files yet. Files in a model directory are the operator's: they
 	// are refused with `INVALID_ARGUMENT`.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// Says what a model would take in memory, without loading it.

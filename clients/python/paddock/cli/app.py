@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from importlib.metadata import version as distribution_version
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -14,9 +15,12 @@ from paddock.cli.help import PanelGroup
 from paddock.cli.output import note, write, write_json
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ServerOption
 from paddock.errors import PaddockError
+from paddock.interrupts import raise_again
 
 if TYPE_CHECKING:
     from paddock.types import ServerInfo
+
+_DAEMONS: Final = frozenset({"up", "serve", "gateway"})
 
 _VERSION_SECONDS: Final = 2.0
 """How long `paddock version` waits for a server that may not be there."""
@@ -34,6 +38,15 @@ app = typer.Typer(
         "5 not now (try again), 6 model cannot be loaded, 130 interrupted."
     ),
 )
+
+
+@app.callback()
+def begin(context: typer.Context) -> None:
+    """Prepare for a command."""
+    # A server has its own way with signals, from when there is something to stop; until then, and while it
+    # imports itself, Ctrl-C just ends the process. Other commands have something to say about it.
+    if context.invoked_subcommand not in _DAEMONS and threading.current_thread() is threading.main_thread():
+        raise_again()
 
 
 _SERVING, _TALKING, _MODELS, _OTHER = "Serve", "Talk", "Models", "Other"

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from functools import wraps
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from paddock.cli import output
+from paddock.cli.announcing import Person, told_how_it_stops, told_of_the_server
 from paddock.cli.failures import ExitCode
 from paddock.cli.output import note
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ServerOption
@@ -26,7 +26,6 @@ from paddock.daemons import is_exposed, loop_factory, settle_heap, told_to_stop
 if TYPE_CHECKING:
     from paddock.api import ModelManagerApi
     from paddock_gateway.serve import Gateway
-    from paddock_server.app import RunningServer
     from paddock_server.config import ServerConfig
 
 HostOption = Annotated[
@@ -64,7 +63,8 @@ SERVER_FLAGS: Final[Mapping[str, Any]] = {
         typer.Option(help="Whether models of the Hugging Face Hub are served and downloaded. [default: yes]"),
     ],
     "models_max": Annotated[
-        int | None, typer.Option(help="Most models loaded at once; 0: no limit. [default: 4]")
+        int | None,
+        typer.Option(help="Most models loaded at once, each replica counted; 0: no limit. [default: 4]"),
     ],
     "models_autoload": Annotated[
         bool | None, typer.Option(help="Whether a request loads a model that is not loaded. [default: yes]")
@@ -235,26 +235,28 @@ def up(flags: Mapping[str, object], config: ConfigOption = None) -> None:
 
         _require_llama_cpp()
     settings = _server_config(flags, config)
-    gateways: list[Gateway] = []
+    person = Person(settings.log_format)
 
     @contextlib.asynccontextmanager
-    async def attach(api: ModelManagerApi) -> AsyncGenerator[Gateway]:
+    async def attach(api: ModelManagerApi, at_once: asyncio.Event) -> AsyncGenerator[Gateway]:
         options = GatewayOptions(cors_origins=settings.cors_origins)
         try:
             async with serve(
-                api, settings.host, settings.port, drain_seconds=settings.drain_seconds, options=options
+                api,
+                settings.host,
+                settings.port,
+                drain_seconds=settings.drain_seconds,
+                options=options,
+                at_once=at_once,
             ) as gateway:
                 _log_gateway(gateway)
-                gateways.append(gateway)
+                person.http_url = gateway.url
                 yield gateway
         except ListenError as error:
             raise StartError(str(error)) from error
 
-    def ready(server: RunningServer) -> None:
-        _announce(settings, server.grpc_address, gateways[0].url)
-
     with _start_errors():
-        run(settings, attach=attach, ready=ready)
+        run(settings, attach=attach, onlooker=person)
 
 
 @with_flags(SERVER_FLAGS)
@@ -266,7 +268,7 @@ def serve(flags: Mapping[str, object], config: ConfigOption = None) -> None:
         _require_llama_cpp()
     settings = _server_config(flags, config)
     with _start_errors():
-        run(settings, ready=lambda server: _announce(settings, server.grpc_address, ""))
+        run(settings, onlooker=Person(settings.log_format))
 
 
 def gateway(
@@ -293,18 +295,24 @@ def gateway(
     from paddock.transport import connect
 
     configure_logging(log_level, log_format)
+    person = Person(log_format, server=server)
 
     async def run() -> None:
         options = GatewayOptions(cors_origins=tuple(cors_origin or ()))
         async with (
             connect(server) as channel,
             MultiplexedApi(channel) as api,
-            told_to_stop() as stop,
-            serve(api, host, port, drain_seconds=drain_seconds, options=options) as running,
+            told_to_stop(ends_process=True) as stop,
+            told_how_it_stops(person, stop, drain_seconds),
+            serve(
+                api, host, port, drain_seconds=drain_seconds, options=options, at_once=stop.at_once
+            ) as running,
         ):
             _log_gateway(running)
+            person.http_url = running.url
             settle_heap()
-            await stop.wait()
+            async with told_of_the_server(channel, person, server):
+                await stop.asked.wait()
 
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -358,16 +366,6 @@ def _server_config(flags: Mapping[str, object], file: Path | None) -> ServerConf
     if not config.models_dir:
         note(f"Without --models-dir, this serves the demo model foal and what is in {default_models_dir()}.")
     return config
-
-
-def _announce(config: ServerConfig, grpc_address: str, http_url: str) -> None:
-    """Tell a person where things are. A log collector reads the same in the log."""
-    if not sys.stderr.isatty() or config.log_format == "json":
-        return
-    if http_url:
-        note(f"HTTP   {http_url}/v1  (OpenAI-compatible)", style="bold")
-    note(f"gRPC   {grpc_address}", style="bold")
-    note("`paddock ls` lists the models, `paddock chat MODEL` talks with one. Ctrl-C stops the server.")
 
 
 def _log_gateway(gateway: Gateway) -> None:

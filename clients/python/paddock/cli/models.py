@@ -24,6 +24,7 @@ from paddock.cli.session import (
     read_text,
     valid_text,
 )
+from paddock.errors import PaddockError, Reason
 from paddock.requests import ConflictPolicy  # noqa: TC001  # typer reads the annotation
 from paddock.types import Model, ModelState, RuntimeOptions, Unloaded
 
@@ -88,7 +89,8 @@ def load(
     cache_type_k: CacheTypeOption = None,
     cache_type_v: CacheTypeOption = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, max=16, help="Worker processes that serve it.")
+        int | None,
+        typer.Option(min=1, max=16, help="Worker processes that serve it; each counts in --models-max."),
     ] = None,
     idle_timeout_seconds: Annotated[
         float | None, typer.Option(min=0, help="Unload after so long without use; 0: never.")
@@ -178,10 +180,15 @@ def unload(
         float | None, typer.Option(min=0, help="How long running requests may go on; 30 when left out.")
     ] = None,
 ) -> None:
-    """Unload a model, or abort its load."""
+    """Unload a model, or abort its load; forget one that is remembered and not there any more."""
 
-    async def work(client: Client) -> tuple[Model, Unloaded]:
-        before = await client.get(model)
+    async def work(client: Client) -> tuple[Model | None, Unloaded]:
+        try:
+            before = await client.get(model)
+        except PaddockError as error:
+            if error.reason != Reason.MODEL_NOT_FOUND:
+                raise
+            before = None  # The server may remember it, from when it was there.
         return before, await client.unload(model, force=force, drain_timeout_seconds=drain_seconds)
 
     before, unloaded = call(server, work)
@@ -189,6 +196,9 @@ def unload(
         write_json(unloaded, indent=2)
         return
     aborted = unloaded.aborted_request_count
+    if before is None:
+        note(f"Forgot {unloaded.model.id}: it was remembered, and is not there.")
+        return
     if before.state is ModelState.UNLOADED and not aborted:
         note(f"{unloaded.model.id} was not loaded.")
         return

@@ -17,7 +17,7 @@ from paddock.cli import output
 from paddock.cli.output import note, results, state_text, write_json
 from paddock.cli.session import DEFAULT_SERVER, JsonOption, ServerOption, call, valid_text
 from paddock.errors import PaddockError, Reason, make_error
-from paddock.types import Model, ModelChanged, ModelDeleted, ModelState, Synced, WatchEvent
+from paddock.types import Failure, Model, ModelChanged, ModelDeleted, ModelState, Synced, WatchEvent
 
 if TYPE_CHECKING:
     from paddock.client import Client
@@ -40,6 +40,8 @@ class StartedOver:
 
     reason: str
     message: str
+    restarted: bool = False
+    """Whether it is because the server is another one than before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,9 @@ async def follow(
         ):
             raise failure
         if gone or partial:
+            restarted = gone and failure.metadata.get("instance_id", instance_id) != instance_id
             instance_id, seen, partial = "", None, False
-            yield StartedOver(failure.reason, failure.message)
+            yield StartedOver(failure.reason, failure.message, restarted)
         elif first:
             yield Lost(failure.message)
         await asyncio.sleep(delay)
@@ -135,10 +138,10 @@ def watch(
     """
 
     async def work(client: Client) -> None:
-        show = _write_event if as_json else _Lines().show
-        async with aclosing(
-            follow(client, tuple(models or ()), reconnect_seconds=reconnect_seconds)
-        ) as events:
+        show = _write_event if as_json else Lines().show
+        # A watch knows no aliases, and waits for models that are not there: at a keyboard those are slips.
+        ids = tuple([(await client.get(name)).id for name in models or ()])
+        async with aclosing(follow(client, ids, reconnect_seconds=reconnect_seconds)) as events:
             async for event in events:
                 show(event)
 
@@ -156,18 +159,21 @@ def _write_event(event: Event) -> None:
     write_json({"event": kinds[type(event)], **output.as_object(event)})
 
 
-class _Lines:
+class Lines:
     """Events for a person: a line for every change, notes for the rest."""
 
     def __init__(self) -> None:
         self._synced = False
+        self._failures: dict[str, Failure | None] = {}
+        """The latest failure of each model that has been shown, or was there from the start."""
 
     def show(self, event: Event) -> None:
         """Show one event."""
         match event:
             case ModelChanged():
-                self._print(event.model.id, _change(event.model, event.previous_state))
+                self._print(event.model.id, self._change(event.model, event.previous_state))
             case ModelDeleted():
+                self._failures.pop(event.model, None)
                 self._print(event.model, Text("gone", style="red"))
             case Synced():
                 if not self._synced:
@@ -175,7 +181,7 @@ class _Lines:
                 self._synced = True
             case StartedOver():
                 self._synced = False
-                note(f"Started over: {event.message}", style="yellow")
+                note(_why_anew(event), style="yellow")
             case Lost():
                 note(f"Connection lost: {event.message} Trying again.", style="yellow")
 
@@ -184,12 +190,24 @@ class _Lines:
         moment = datetime.now().astimezone().strftime("%H:%M:%S")
         results().print(Text.assemble((moment, "dim"), f"  {model}  ", what))
 
+    def _change(self, model: Model, previous: ModelState | None) -> Text:
+        """Return what has changed; with the failure that is the reason, the first time it is seen."""
+        failure = model.last_failure
+        is_news = failure is not None and failure != self._failures.get(model.id)
+        self._failures[model.id] = failure
+        reason = failure.reason if failure is not None and model.state is ModelState.FAILED else ""
+        now = state_text(model.state, reason)
+        if previous is None:
+            return now
+        why = f": {failure.message}" if failure is not None and is_news else ""
+        if previous is model.state:
+            return Text.assemble(now, why or " (changed)")
+        return Text.assemble(f"{previous} -> ", now, why)
 
-def _change(model: Model, previous: ModelState | None) -> Text:
-    reason = model.last_failure.reason if model.state is ModelState.FAILED and model.last_failure else ""
-    now = state_text(model.state, reason)
-    if previous is None:
-        return now
-    if previous is model.state:
-        return Text.assemble(now, " (changed)")
-    return Text.assemble(f"{previous} -> ", now)
+
+def _why_anew(event: StartedOver) -> str:
+    if event.restarted:
+        return "The server has restarted; starting over."
+    if event.reason == Reason.REVISION_GONE:
+        return "More has changed meanwhile than the server remembers; starting over."
+    return f"{event.message} Starting over."

@@ -1970,7 +1970,7 @@ class DeleteRequest(_message.Message):
     model: _builtins.str
     """Model to delete, its id or its `hf:` name. Required."""
     allow_missing: _builtins.bool
-    """Succeed when there is no such model."""
+    """Succeed when there is no such model, or it has no files."""
     def __init__(
         self,
         *,

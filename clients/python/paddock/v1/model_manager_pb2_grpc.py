@@ -181,6 +181,8 @@ class ModelManagerServicer(object):
         Succeeds when the model is already unloaded. Aborts a load in progress, for
         all who called it. One that still downloads its model ends with it: the
         download goes on when somebody called `Download` for it, and else is paused.
+        A model that is not there any more, and is remembered from when it was, is
+        forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -339,7 +341,8 @@ class ModelManagerServicer(object):
         apart from those that another revision uses, and forgets its download.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-        download of it runs. Files in a model directory are the operator's: they
+        download of it runs, and when a configuration file names it and it has no
+        files yet. Files in a model directory are the operator's: they
         are refused with `INVALID_ARGUMENT`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

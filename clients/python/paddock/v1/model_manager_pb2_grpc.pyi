@@ -66,6 +66,8 @@ class ModelManagerStub:
     Succeeds when the model is already unloaded. Aborts a load in progress, for
     all who called it. One that still downloads its model ends with it: the
     download goes on when somebody called `Download` for it, and else is paused.
+    A model that is not there any more, and is remembered from when it was, is
+    forgotten.
     """
     Sleep: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]
     """Has a loaded model give its memory back while its process stays, and
@@ -163,7 +165,8 @@ class ModelManagerStub:
     apart from those that another revision uses, and forgets its download.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-    download of it runs. Files in a model directory are the operator's: they
+    download of it runs, and when a configuration file names it and it has no
+    files yet. Files in a model directory are the operator's: they
     are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]
@@ -224,6 +227,8 @@ class ModelManagerAsyncStub(ModelManagerStub):
     Succeeds when the model is already unloaded. Aborts a load in progress, for
     all who called it. One that still downloads its model ends with it: the
     download goes on when somebody called `Download` for it, and else is paused.
+    A model that is not there any more, and is remembered from when it was, is
+    forgotten.
     """
     Sleep: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.SleepRequest, _model_manager_pb2.SleepResponse]  # type: ignore[assignment]
     """Has a loaded model give its memory back while its process stays, and
@@ -321,7 +326,8 @@ class ModelManagerAsyncStub(ModelManagerStub):
     apart from those that another revision uses, and forgets its download.
 
     Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-    download of it runs. Files in a model directory are the operator's: they
+    download of it runs, and when a configuration file names it and it has no
+    files yet. Files in a model directory are the operator's: they
     are refused with `INVALID_ARGUMENT`.
     """
     EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_manager_pb2.EstimateMemoryRequest, _model_manager_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
@@ -391,6 +397,8 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         Succeeds when the model is already unloaded. Aborts a load in progress, for
         all who called it. One that still downloads its model ends with it: the
         download goes on when somebody called `Download` for it, and else is paused.
+        A model that is not there any more, and is remembered from when it was, is
+        forgotten.
         """
 
     @_abc_1.abstractmethod
@@ -572,7 +580,8 @@ class ModelManagerServicer(metaclass=_abc_1.ABCMeta):
         apart from those that another revision uses, and forgets its download.
 
         Fails with `FAILED_PRECONDITION` unless the model is unloaded and no
-        download of it runs. Files in a model directory are the operator's: they
+        download of it runs, and when a configuration file names it and it has no
+        files yet. Files in a model directory are the operator's: they
         are refused with `INVALID_ARGUMENT`.
         """
 
