@@ -40,8 +40,20 @@ app = typer.Typer(
 )
 
 
+def _tell_version(value: bool) -> None:  # typer calls it
+    if value:
+        version(os.environ.get("PADDOCK_SERVER", DEFAULT_SERVER))
+        raise typer.Exit
+
+
 @app.callback()
-def begin(context: typer.Context) -> None:
+def begin(
+    context: typer.Context,
+    *,
+    version: Annotated[  # told by its callback, before any command
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="As `paddock version`.")
+    ] = False,
+) -> None:
     """Prepare for a command."""
     # A server has its own way with signals, from when there is something to stop; until then, and while it
     # imports itself, Ctrl-C just ends the process. Other commands have something to say about it.
@@ -100,22 +112,6 @@ def version(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) 
         note(f"No server answers at {server}.")
     else:
         write(f"server  {info.version}\n")
-
-
-def _tell_version(value: bool) -> None:  # typer calls it
-    if value:
-        version(os.environ.get("PADDOCK_SERVER", DEFAULT_SERVER))
-        raise typer.Exit
-
-
-@app.callback()
-def flags(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="As `paddock version`.")
-    ] = False,
-) -> None:
-    """Take the flags that stand before a command."""
 
 
 async def _server_info(server: str) -> ServerInfo:
