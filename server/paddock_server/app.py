@@ -249,7 +249,6 @@ async def run_server(
         told_to_stop(ends_process=True) as stop,
         serving(config, attach=_settling(attach), onlooker=onlooker, at_once=stop.at_once) as server,
     ):
-        settle_heap()
         beside = [
             asyncio.create_task(follow_hangups(server.service), name="hangups"),
             asyncio.create_task(_tell_when_settled(server, onlooker), name="tell-when-settled"),

@@ -20,9 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from paddock.v1 import model_manager_pb2 as pb
+    from tests.gateway.clients import RawConnection
 
 STREAM = {**CHAT, "stream": True}
 WAY_OUT_SECONDS = 20
+
+
+@contextlib.asynccontextmanager
+async def stopped_at_once(api: FakeApi, asked: asyncio.Event) -> AsyncGenerator[RawConnection]:
+    """Give a client whose request for the models ran, `asked` says since when, as its gateway was stopped."""
+    at_once = asyncio.Event()
+    async with asyncio.timeout(WAY_OUT_SECONDS):
+        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
+            raw = await connect(gateway)
+            await raw.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await asked.wait()
+            at_once.set()
+        yield raw
+    await raw.close()
 
 
 async def test_the_real_port_is_known_when_a_free_one_was_asked_for() -> None:
@@ -173,15 +188,8 @@ async def test_a_request_that_only_asks_is_told_too_and_nothing_is_logged_as_an_
         await asyncio.Event().wait()
 
     monkeypatch.setattr(api, "list", never)
-    at_once = asyncio.Event()
-    async with asyncio.timeout(WAY_OUT_SECONDS):
-        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
-            raw = await connect(gateway)
-            await raw.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            await asked.wait()
-            at_once.set()
+    async with stopped_at_once(api, asked) as raw:
         answer = await raw.read_rest()
-    await raw.close()
 
     assert answer.startswith(b"HTTP/1.1 503")
     assert b'"code":"shutting_down"' in answer
@@ -204,16 +212,9 @@ async def test_a_request_that_does_not_end_when_it_is_told_to_is_cut_without_a_t
         await asyncio.Event().wait()
 
     monkeypatch.setattr(api, "list", stubborn)
-    at_once = asyncio.Event()
-    async with asyncio.timeout(WAY_OUT_SECONDS):
-        async with serve(api, port=0, drain_seconds=1000, at_once=at_once) as gateway:
-            raw = await connect(gateway)
-            await raw.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            await asked.wait()
-            at_once.set()
+    async with stopped_at_once(api, asked) as raw:
         with contextlib.suppress(ConnectionError):
             assert await raw.read_rest() == b""
-    await raw.close()
 
     assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
     assert [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

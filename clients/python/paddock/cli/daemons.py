@@ -165,14 +165,7 @@ HTTP_FLAGS: Final[Mapping[str, Any]] = {
     "port": Annotated[
         int | None, typer.Option(help="Port of the HTTP server; 0: a free one. [default: 8080]")
     ],
-    "cors_origins": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cors-origin",
-            metavar="ORIGIN",
-            help="Origin of web pages that may read answers. Can be repeated.",
-        ),
-    ],
+    "cors_origins": CorsOption,
 }
 """The fields of `ServerConfig` that are about `up` alone."""
 
