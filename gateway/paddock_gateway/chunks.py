@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from paddock_gateway.answer import Output
     from paddock_gateway.translate import Plan
 
+MOST_CHUNKS: Final = 64
+"""Deltas that come together are a chunk each up to this many, since clients count chunks as tokens. More have
+piled up for a slow reader, who gets one chunk for each choice."""
+
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -180,16 +184,21 @@ class StreamEncoder(Answer):
             self._around_text.append((b'data: {"choices":[' + before, after + b"]," + self._tail + b"}\n\n"))
 
     def _deltas(self, prompt_index: int, deltas: Sequence[gen.Delta]) -> bytes:
+        if len(deltas) > MOST_CHUNKS:
+            return self._output(prompt_index, deltas)
+        return b"".join([self._delta(prompt_index, delta) for delta in deltas])
+
+    def _delta(self, prompt_index: int, delta: gen.Delta) -> bytes:
+        text = delta.text
+        if not text or delta.finish_reason or delta.reasoning_text or delta.tool_calls or delta.logprobs:
+            return self._output(prompt_index, (delta,))
+        self.generated_tokens += delta.token_count
+        before, after = self._around_text[self._index(prompt_index, delta.choice_index)]
+        return self._release(prompt_index) + before + _encode(text) + after
+
+    def _output(self, prompt_index: int, deltas: Sequence[gen.Delta]) -> bytes:
+        """Return one chunk for each choice."""
         events = self._release(prompt_index)
-        if len(deltas) == 1:
-            delta = deltas[0]
-            text = delta.text
-            if text and not (
-                delta.finish_reason or delta.reasoning_text or delta.tool_calls or delta.logprobs
-            ):
-                self.generated_tokens += delta.token_count
-                before, after = self._around_text[self._index(prompt_index, delta.choice_index)]
-                return events + before + _encode(text) + after
         for choice, output in merge(deltas).items():
             index = self._index(prompt_index, choice)
             choice_json = self._writer.output(index, output)

@@ -10,7 +10,7 @@ import pytest
 from paddock.errors import PaddockError, Reason
 from paddock.v1 import generation_pb2 as gen
 from paddock.v1 import model_manager_pb2 as pb
-from paddock_gateway.chunks import StreamEncoder
+from paddock_gateway.chunks import MOST_CHUNKS, StreamEncoder
 from paddock_gateway.parameters import Dialect
 from paddock_gateway.translate import plan_of
 from tests.gateway.clients import CHAT, COMPLETION
@@ -136,14 +136,33 @@ def test_a_completion_streams_text_and_closes_with_usage_and_timings() -> None:
     assert chunks[1]["timings"]["predicted_n"] == 2
 
 
-def test_deltas_of_one_choice_that_came_together_leave_as_one_chunk() -> None:
+def contents(chunks: list[Any]) -> list[tuple[int, str]]:
+    return [(choice["index"], choice["delta"]["content"]) for choice in choices(chunks)]
+
+
+def test_deltas_that_came_together_are_a_chunk_each_as_clients_count_them() -> None:
     stream = encoder()
     played(stream, started())
 
     together = played(stream, deltas(text("a"), text("b"), text("c", tokens=2)))
 
-    assert choices(together) == [{"finish_reason": None, "index": 0, "delta": {"content": "abc"}}]
+    assert contents(together) == [(0, "a"), (0, "b"), (0, "c")]
     assert stream.generated_tokens == 4
+
+
+@pytest.mark.parametrize("count", [MOST_CHUNKS, MOST_CHUNKS + 1])
+def test_more_deltas_than_that_have_piled_up_and_leave_as_one_chunk_a_choice(count: int) -> None:
+    stream = encoder(n=2)
+    played(stream, started())
+    pile = [text(f"{number},", number % 2) for number in range(count)]
+
+    together = contents(played(stream, deltas(*pile)))
+
+    assert len(together) == (count if count == MOST_CHUNKS else 2)
+    for choice in (0, 1):
+        told = "".join(content for index, content in together if index == choice)
+        assert told == "".join(f"{number}," for number in range(choice, count, 2))
+    assert stream.generated_tokens == count
 
 
 def test_choices_are_interleaved_one_per_chunk() -> None:
@@ -156,10 +175,7 @@ def test_choices_are_interleaved_one_per_chunk() -> None:
         (0, "assistant"),
         (1, "assistant"),
     ]
-    assert [(choice["index"], choice["delta"]["content"]) for choice in choices(together)] == [
-        (0, "ab"),
-        (1, "x"),
-    ]
+    assert contents(together) == [(0, "a"), (1, "x"), (0, "b")]
 
 
 def test_a_choice_that_ends_early_says_so_before_the_next_output_of_the_others() -> None:

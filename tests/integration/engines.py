@@ -63,10 +63,12 @@ class Output:
 class Lab:
     """An engine and what it sent."""
 
-    def __init__(self, loaded: LoadedModel, *, cells: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, cells: int | None = None, longest_gap_seconds: float = 0
+    ) -> None:
         self.loaded = loaded
         self.preparer = Preparer(loaded)
-        self.engine = Engine(loaded, send=self.take, cells=cells)
+        self.engine = Engine(loaded, send=self.take, cells=cells, longest_gap_seconds=longest_gap_seconds)
         self.outputs: dict[int, Output] = {}
         self.replies: dict[int, worker_pb2.Reply] = {}
         self.frames: list[worker_pb2.WorkerFrame] = []
@@ -107,10 +109,15 @@ class Lab:
 
 
 @contextmanager
-def lab(path: Path, *, cells: int | None = None, **sizes: int) -> Generator[Lab]:
-    """Load a model for the time of a test; `sizes` are fields of `worker_pb2.Load`."""
+def lab(
+    path: Path, *, cells: int | None = None, longest_gap_seconds: float = 0, **sizes: int
+) -> Generator[Lab]:
+    """Load a model for the time of a test; `sizes` are fields of `worker_pb2.Load`.
+
+    Every step is a frame unless tokens may wait (news.py).
+    """
     with load(path, **sizes) as loaded:
-        made = Lab(loaded, cells=cells)
+        made = Lab(loaded, cells=cells, longest_gap_seconds=longest_gap_seconds)
         try:
             yield made
         finally:

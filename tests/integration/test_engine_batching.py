@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf import json_format
 
+from paddock.v1 import model_manager_pb2
 from paddock_server.worker import llama
 from paddock_server.worker.engine import SEQUENCES_PER_FRAME
 from tests.integration.engines import Lab, Output, lab, request
@@ -15,7 +16,7 @@ from tests.integration.engines import Lab, Output, lab, request
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paddock.v1 import model_manager_pb2
+    from paddock_server.worker.v1 import worker_pb2
 
 WORDS = ("The lamp", "A small boat", "Nobody", "In the morning", "They drink", "Ropes", "It is", "Fish")
 LOGPROBS = {"topCount": 0}  # brings the token ids along
@@ -262,6 +263,51 @@ def test_a_step_of_many_sequences_is_a_frame_for_every_sixteen(models_dir: Path)
         bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in words])
         all_started = [20, 4]
         assert bench_frames(bench) == all_started + [SEQUENCES_PER_FRAME, 4] * 5
+
+
+def tokens_of(frame: worker_pb2.WorkerFrame) -> list[int]:
+    return [len(update.deltas.deltas) for update in frame.step.updates]
+
+
+def test_tokens_of_short_steps_leave_together_but_the_first_and_the_last_at_once(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
+        one, two = bench.generate(*[request(word, stop={"maxTokens": 6, "ignoreEos": True}) for word in "AB"])
+        assert [tokens_of(frame) for frame in bench.frames] == [[1, 1], [5, 5]]
+        for output in (one, two):
+            assert [delta.token_count for delta in output.deltas] == [1] * 6
+            assert output.finished.usage.completion_tokens == 6
+
+
+def test_tokens_that_wait_leave_before_a_prompt_or_a_text_to_embed_is_computed(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
+        first = bench.submit(request("A", stop={"ignoreEos": True}))
+        for _ in range(4):
+            bench.engine.step()
+        assert [tokens_of(frame) for frame in bench.frames] == [[1]]
+        second = bench.submit(request("B", stop={"ignoreEos": True}))
+        bench.engine.step()
+        assert [tokens_of(frame) for frame in bench.frames] == [[1], [3], [1, 1]]
+        for _ in range(2):
+            bench.engine.step()
+        embed = model_manager_pb2.EmbedRequest(texts=["C"])
+        bench.engine.post(bench.preparer.embedding(7, embed))
+        bench.engine.step()
+        assert [tokens_of(frame) for frame in bench.frames[3:]] == [[2, 2], []]
+        assert bench.replies[7].HasField("embed")
+        bench.cancel(first)
+        bench.cancel(second)
+        bench.run()
+        assert bench.engine.idle
+
+
+def test_when_all_are_cancelled_nothing_waits_any_more(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
+        number = bench.submit(request("A", stop={"ignoreEos": True}))
+        for _ in range(3):
+            bench.engine.step()
+        bench.cancel(number)
+        bench.run()
+        assert [tokens_of(frame) for frame in bench.frames] == [[1], [2]]
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -10,8 +10,8 @@ itself:
         while not engine.idle:
             engine.step()
 
-What a step makes leaves in one `WorkerFrame`, of many sequences in several, through `send`. Commands come
-from other threads through `post` and take effect between two steps.
+What a step makes leaves in one `WorkerFrame`, of many sequences in several, of short steps together
+(news.py), through `send`. Commands come from other threads through `post` and take effect between two steps.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from paddock_server.worker.embed import Embedder, EmbedJob
 from paddock_server.worker.errors import Reason, WorkerError, context_length_exceeded
 from paddock_server.worker.generation import MOST_CHOICES, Choice, Generation, PreparedGeneration
 from paddock_server.worker.logprobs import token_logprob
+from paddock_server.worker.news import LONGEST_GAP_SECONDS, News
 from paddock_server.worker.scheduler import Limits, Plan, Scheduler, Share
 from paddock_server.worker.sequence import NO_SLOT
 from paddock_server.worker.stopwatch import Stopwatch
@@ -89,6 +90,7 @@ class Engine:
         *,
         send: Callable[[worker_pb2.WorkerFrame], None],
         cells: int | None = None,
+        longest_gap_seconds: float = LONGEST_GAP_SECONDS,
     ) -> None:
         """Make an engine; it computes nothing before `step` or `run`.
 
@@ -96,6 +98,7 @@ class Engine:
             loaded: The model. The engine is the only user of its contexts.
             send: Takes the news of each step and the answers to embedding jobs, in the engine's thread.
             cells: Cells of the KV cache to plan with, for tests; what the context has by default.
+            longest_gap_seconds: How long tokens may wait for those of the next step (news.py).
         """
         self._loaded = loaded
         self._vocab = loaded.model.vocab
@@ -117,8 +120,7 @@ class Engine:
         self._embedder = Embedder(loaded)
         self._embed_jobs: deque[EmbedJob] = deque()
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._updates: dict[int, worker_pb2.GenerationUpdate] = {}
-        self._news = worker_pb2.WorkerFrame()
+        self._news = News(send, longest_gap_seconds=longest_gap_seconds)
         self._flight_lock = threading.Lock()
         self._in_flight: set[int] = set()
         self._step_watch = Stopwatch()
@@ -163,7 +165,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do but wait for a command."""
-        return self._scheduler.idle and not self._embed_jobs and not self._updates
+        return self._scheduler.idle and not self._embed_jobs and self._news.empty
 
     def submit(self, request: PreparedGeneration) -> None:
         """Queue a generation, or say that the queue is full."""
@@ -176,7 +178,7 @@ class Engine:
         slots, waiting = self._loaded.slot_count, self._loaded.queue_limit
         text = f"All {slots} slots are busy and {waiting} requests wait already."
         error = WorkerError(Reason.QUEUE_FULL, text)
-        self._update(request.number).failed.CopyFrom(error.to_failure())
+        self._news.of(request.number).failed.CopyFrom(error.to_failure())
 
     def step(self) -> None:
         """Make one step: a token of every sequence that streams, and what fits of the prompts."""
@@ -184,10 +186,14 @@ class Engine:
         started_at = self._step_watch.start()
         self._embed()
         plan = self._schedule()
-        if self._decode(plan):
-            self._sample(plan)
+        sampled = self._decode(plan)
+        if sampled:
+            self._sample(plan, started_at)
             self._scheduler.observe(plan, (perf_counter() - started_at) * 1000)
-        self._publish()
+        if not sampled or not self._news.can_wait(perf_counter() - started_at):
+            self._news.send()
+        if perf_counter() - self._stats_at > _STATS_SECONDS:
+            self._refresh_stats()
         self._step_watch.stop()
 
     def close(self) -> None:
@@ -231,6 +237,7 @@ class Engine:
         """Compute one batch of the first embedding job."""
         if not self._embed_jobs:
             return
+        self._news.send()  # what was made before does not wait for this
         job = self._embed_jobs[0]
         try:
             self._embedder.advance(job, beside_generations=not self._scheduler.idle)
@@ -245,13 +252,15 @@ class Engine:
 
     def _schedule(self) -> Plan[Choice]:
         plan = self._scheduler.plan()
+        if plan.prompt_tokens:
+            self._news.send()  # as above
         for slot in plan.freed_slots:
             self._forget(slot)
         for choice in plan.started:
             generation = choice.generation
             if generation.slot_at is None:
                 generation.slot_at = perf_counter()
-                self._update(generation.number).started.prompt_tokens = generation.prompt_length
+                self._news.of(generation.number).started.prompt_tokens = generation.prompt_length
         self._share(plan.shares)
         return plan
 
@@ -291,13 +300,13 @@ class Engine:
             return
         choice = running[0]
         if choice.generated:
-            delta = self._update(choice.group).deltas.deltas.add(choice_index=choice.index)
+            delta = self._news.of(choice.group).deltas.deltas.add(choice_index=choice.index)
             self._finish(choice, delta, generation_pb2.FINISH_REASON_LENGTH, perf_counter())
         else:
             limit = self._scheduler.cells
             self._fail(choice.generation, context_length_exceeded("", choice.prompt_length, limit))
 
-    def _sample(self, plan: Plan[Choice]) -> None:
+    def _sample(self, plan: Plan[Choice], started_at: float) -> None:
         """Pick the next token of every sequence that the plan brought to its end."""
         now = perf_counter()
         for work in plan.work:
@@ -310,8 +319,9 @@ class Engine:
             if choice.pending == 0 and choice.slot != NO_SLOT:
                 self._advance(choice, row, now)
                 sampled += 1
-                if sampled % SEQUENCES_PER_FRAME == 0:
-                    self._send_updates()
+                full = sampled % SEQUENCES_PER_FRAME == 0
+                if full and not self._news.can_wait(perf_counter() - started_at):
+                    self._news.send()
 
     def _advance(self, choice: Choice, row: int, now: float) -> None:
         """Add a token to a choice, and end the choice where it ends."""
@@ -324,11 +334,13 @@ class Engine:
             self._fail(generation, error)
             return
         choice.tokens.append(token)
-        if generation.first_token_at is None:
+        first = generation.first_token_at is None
+        if first:
             generation.first_token_at = now
         generation.last_token_at = now
         generation.completion_tokens += 1
-        delta = self._update(generation.number).deltas.deltas.add(choice_index=choice.index, token_count=1)
+        update = self._news.of(generation.number, urgent=first)
+        delta = update.deltas.deltas.add(choice_index=choice.index, token_count=1)
         if request.logprob_count is not None:
             delta.logprobs.append(token_logprob(context, row, self._vocab, token, request.logprob_count))
         if not request.ignores_end and self._vocab.ends_generation(token):
@@ -363,11 +375,11 @@ class Engine:
         generation.open_choices -= 1
         if generation.open_choices == 0:
             del self._generations[generation.number]
-            self._update(generation.number).finished.CopyFrom(generation.summary(now))
+            self._news.of(generation.number).finished.CopyFrom(generation.summary(now))
 
     def _fail(self, generation: Generation, error: WorkerError) -> None:
         self._drop(generation)
-        self._update(generation.number).failed.CopyFrom(error.to_failure())
+        self._news.of(generation.number).failed.CopyFrom(error.to_failure())
 
     def _drop(self, generation: Generation) -> None:
         """Take a generation out and free everything it holds."""
@@ -380,7 +392,7 @@ class Engine:
         evaluated = generation.evaluated_prompt_tokens
         if evaluated > generation.progress:
             generation.progress = evaluated
-            progress = self._update(generation.number).prompt_progress
+            progress = self._news.of(generation.number).prompt_progress
             progress.evaluated_tokens = evaluated
             progress.total_tokens = generation.prompt_length * len(generation.choices)
 
@@ -391,25 +403,6 @@ class Engine:
     def _forget(self, slot: int) -> None:
         if slot != NO_SLOT:
             self._loaded.generation_context.forget(slot)
-
-    def _update(self, number: int) -> worker_pb2.GenerationUpdate:
-        """Return the news of a generation in this step."""
-        update = self._updates.get(number)
-        if update is None:
-            update = self._updates[number] = self._news.step.updates.add(generation=number)
-        return update
-
-    def _send_updates(self) -> None:
-        """Send the news there are so far."""
-        if self._updates:
-            self._send(self._news)
-            self._news = worker_pb2.WorkerFrame()
-            self._updates = {}
-
-    def _publish(self) -> None:
-        self._send_updates()
-        if perf_counter() - self._stats_at > _STATS_SECONDS:
-            self._refresh_stats()
 
     def _refresh_stats(self) -> None:
         scheduler = self._scheduler

@@ -527,7 +527,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):
-    """What one engine step made, or a part of it."""
+    """What one engine step made, or a part of it, or what several short ones did."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
