@@ -1,6 +1,6 @@
 """Measure Paddock beside its own engine loop with nothing around it, in one run.
 
-    python -m bench [--short] [--json FILE]
+    python -m bench [--short] [--rounds N] [--streams 1,8,32] [--paths grpc,gateway] [--json FILE]
 
 For 1, 8 and 32 streams: tokens a second of the engine alone, through gRPC and through the gateway, in turns,
 with the CPU time per token of every process; the memory of the idle server and of a worker; and how evenly
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -104,8 +105,8 @@ class Bench:
         )
 
 
-def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
-    """Measure everything and return it as a plain structure."""
+def run(rounds: int, workloads: dict[int, int], paths: Sequence[str]) -> dict[str, Any]:
+    """Measure the paths, the memory and the gaps, and return it all as a plain structure."""
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "models" / f"{MODEL}.gguf"
         model.parent.mkdir()
@@ -119,17 +120,17 @@ def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
             gateway = stack.enter_context(paddock_gateway(server.grpc_address, gateway_log))
             bench = Bench(server, gateway, model)
             try:
-                for path in PATHS[1:]:
+                for path in paths[1:]:
                     bench.client.ask(bench.job(path, 1, 4))
                 for seed in range(rounds):
                     for streams, max_tokens in workloads.items():
                         # Back and forth, so that a machine that grows slower or faster favours no path.
-                        for path in PATHS if seed % 2 == 0 else reversed(PATHS):
+                        for path in paths if seed % 2 == 0 else reversed(paths):
                             say(f"round {seed + 1} of {rounds}: {path}, {streams} streams")
                             bench.measure(path, streams, max_tokens, seed)
                 say("a long prompt beside four streams")
                 return {
-                    "speed": speed_rows(bench.results, workloads),
+                    "speed": speed_rows(bench.results),
                     "memory": memory_rows(server, model, idle.pss),
                     "long_prompt": long_prompt(bench),
                 }
@@ -137,25 +138,23 @@ def run(rounds: int, workloads: dict[int, int]) -> dict[str, Any]:
                 bench.close()
 
 
-def speed_rows(
-    results: dict[tuple[str, int], Measurement], workloads: dict[int, int]
-) -> list[dict[str, Any]]:
-    """Return one row per path and number of streams; the ratio is the median of the rounds' own ratios."""
+def speed_rows(results: dict[tuple[str, int], Measurement]) -> list[dict[str, Any]]:
+    """Return one row per number of streams and path; the ratio is the median of the rounds' own ratios."""
     rows: list[dict[str, Any]] = []
-    for streams in workloads:
-        alone = results["engine", streams]
-        for path in PATHS:
-            measured = results[path, streams]
-            ratios = [rate / base for rate, base in zip(measured.rates, alone.rates, strict=True)]
-            row: dict[str, Any] = {"streams": streams, "path": path}
-            row |= {
-                "tokens_per_second": statistics.median(measured.rates),
-                "ratio": statistics.median(ratios),
-            }
-            row["ratios"] = ratios
-            row |= {f"{part}_us": statistics.median(used) for part, used in measured.cpu_us.items()}
-            rows.append(row)
+    for path, streams in sorted(results, key=lambda key: (key[1], PATHS.index(key[0]))):
+        measured, alone = results[path, streams], results["engine", streams]
+        ratios = [rate / base for rate, base in zip(measured.rates, alone.rates, strict=True)]
+        row: dict[str, Any] = {"streams": streams, "path": path}
+        row |= {"tokens_per_second": statistics.median(measured.rates), "ratio": statistics.median(ratios)}
+        row |= {"ratio_error": standard_error(ratios), "ratios": ratios}
+        row |= {f"{part}_us": statistics.median(used) for part, used in measured.cpu_us.items()}
+        rows.append(row)
     return rows
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return by how much the mean of so many values may well be wrong; 0 for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def memory_rows(server: ServerProcess, model: Path, idle_server: int) -> dict[str, float]:
@@ -221,13 +220,13 @@ def say(text: str) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     print(
-        f"\n{'streams':>7}  {'path':<13} {'tokens/s':>9} {'ratio':>6}   CPU us per token: "
+        f"\n{'streams':>7}  {'path':<13} {'tokens/s':>9} {'ratio':>14}   CPU us per token: "
         + "  ".join(f"{part:>7}" for part in PARTS)
     )
     for row in result["speed"]:
         used = [row.get(f"{part}_us") for part in PARTS]
         cpu = "  ".join(f"{'-':>7}" if us is None else f"{us:7.0f}" for us in used)
-        rate = f"{row['tokens_per_second']:9.1f} {row['ratio']:6.3f}"
+        rate = f"{row['tokens_per_second']:9.1f} {row['ratio']:7.3f} ±{row['ratio_error']:.3f}"
         print(f"{row['streams']:>7}  {row['path']:<13} {rate}   {'':18}{cpu}")
     for title in ("memory", "long_prompt"):
         print(f"\n{title.replace('_', ' ')}:")
@@ -244,13 +243,33 @@ def main() -> None:
         "--short", action="store_true", help="one round with few tokens: that it runs, not how fast"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=_streams, default=WORKLOADS, help="numbers of streams, of 1, 8, 32")
+    parser.add_argument("--paths", type=_paths, default=PATHS, help="paths beside the engine; all by default")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    workloads = dict.fromkeys(WORKLOADS, 8) if arguments.short else WORKLOADS
-    result = run(1 if arguments.short else arguments.rounds, workloads)
+    workloads = dict.fromkeys(arguments.streams, 8) if arguments.short else arguments.streams
+    result = run(1 if arguments.short else arguments.rounds, workloads, arguments.paths)
     show(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _streams(text: str) -> dict[int, int]:
+    """Parse numbers of streams."""
+    wanted = [int(part) for part in text.split(",")]
+    if not set(wanted) <= set(WORKLOADS):
+        message = f"of {', '.join(map(str, WORKLOADS))}"
+        raise argparse.ArgumentTypeError(message)
+    return {streams: WORKLOADS[streams] for streams in wanted}
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    """Parse names of paths; the engine is always measured."""
+    wanted = text.split(",")
+    if not set(wanted) <= set(PATHS):
+        message = f"of {', '.join(PATHS)}"
+        raise argparse.ArgumentTypeError(message)
+    return tuple(path for path in PATHS if path == PATHS[0] or path in wanted)
 
 
 if __name__ == "__main__":

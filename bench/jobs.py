@@ -35,7 +35,8 @@ class Result:
     cpu_seconds: float
     completion_tokens: int
     gaps_seconds: list[float] = field(default_factory=list[float])
-    """Time between two messages with text, of all streams."""
+    """Time between two messages with text, of all streams. A message may carry several tokens when steps are
+    short (ADR 0017)."""
 
 
 def prompt(job: Job, stream: int) -> list[int]:

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from paddock_gateway.answer import Output
     from paddock_gateway.translate import Plan
 
-MOST_CHUNKS: Final = 64
-"""Deltas that come together are a chunk each up to this many, since clients count chunks as tokens. More have
-piled up for a slow reader, who gets one chunk for each choice."""
+MOST_CHUNKS: Final = 256
+"""Deltas that come together are a chunk each, up to this many per choice: clients count chunks as tokens.
+More have piled up for a slow reader, who gets one chunk for each choice."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -184,7 +184,7 @@ class StreamEncoder(Answer):
             self._around_text.append((b'data: {"choices":[' + before, after + b"]," + self._tail + b"}\n\n"))
 
     def _deltas(self, prompt_index: int, deltas: Sequence[gen.Delta]) -> bytes:
-        if len(deltas) > MOST_CHUNKS:
+        if len(deltas) > MOST_CHUNKS * self._plan.choice_count:
             return self._output(prompt_index, deltas)
         return b"".join([self._delta(prompt_index, delta) for delta in deltas])
 

@@ -150,7 +150,7 @@ def test_deltas_that_came_together_are_a_chunk_each_as_clients_count_them() -> N
     assert stream.generated_tokens == 4
 
 
-@pytest.mark.parametrize("count", [MOST_CHUNKS, MOST_CHUNKS + 1])
+@pytest.mark.parametrize("count", [2 * MOST_CHUNKS, 2 * MOST_CHUNKS + 1])
 def test_more_deltas_than_that_have_piled_up_and_leave_as_one_chunk_a_choice(count: int) -> None:
     stream = encoder(n=2)
     played(stream, started())
@@ -158,7 +158,7 @@ def test_more_deltas_than_that_have_piled_up_and_leave_as_one_chunk_a_choice(cou
 
     together = contents(played(stream, deltas(*pile)))
 
-    assert len(together) == (count if count == MOST_CHUNKS else 2)
+    assert len(together) == (count if count == 2 * MOST_CHUNKS else 2)
     for choice in (0, 1):
         told = "".join(content for index, content in together if index == choice)
         assert told == "".join(f"{number}," for number in range(choice, count, 2))

@@ -278,6 +278,25 @@ def test_tokens_of_short_steps_leave_together_but_the_first_and_the_last_at_once
             assert output.finished.usage.completion_tokens == 6
 
 
+def test_the_first_token_and_the_end_of_each_choice_are_told_at_once(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
+        message = request("A", stop={"maxTokens": 6, "ignoreEos": True})
+        message.choice_count = 3
+        (output,) = bench.generate(message)
+        # The first choice computes the prompt; the others begin in its cells, a step later.
+        assert [tokens_of(frame) for frame in bench.frames] == [[1], [3], [12], [2]]
+        assert len(output.deltas) == 18
+
+
+def test_nothing_waits_beside_a_grammar_that_may_take_long(models_dir: Path) -> None:
+    with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
+        grammar = request(
+            "A", stop={"maxTokens": 6, "ignoreEos": True}, constraint={"grammar": 'root ::= "a"*'}
+        )
+        bench.generate(grammar, request("B", stop={"maxTokens": 9, "ignoreEos": True}))
+        assert [tokens_of(frame) for frame in bench.frames] == [[1, 1]] * 6 + [[3]]
+
+
 def test_tokens_that_wait_leave_before_a_prompt_or_a_text_to_embed_is_computed(models_dir: Path) -> None:
     with lab(models_dir / "noise.gguf", longest_gap_seconds=3600) as bench:
         first = bench.submit(request("A", stop={"ignoreEos": True}))

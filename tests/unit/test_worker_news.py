@@ -29,7 +29,7 @@ class Sent:
         """Make a token in that time, and send unless it can wait."""
         self.now += seconds
         self.token()
-        if not self.news.can_wait(seconds):
+        if self.news.urgent or not self.news.can_wait(seconds):
             self.news.send()
 
     @property
@@ -71,15 +71,26 @@ def test_a_first_token_takes_along_what_waits(sent: Sent) -> None:
 
 @pytest.mark.parametrize("urgent", ["started", "prompt_progress", "finished", "failed"])
 def test_nothing_but_a_further_token_waits(sent: Sent, urgent: str) -> None:
+    sent.token()
+    assert not sent.news.urgent
     getattr(sent.news.of(1), urgent).SetInParent()
-    assert not sent.news.can_wait(0.001)
+    assert sent.news.urgent
 
 
 def test_after_it_was_sent_urgency_is_over(sent: Sent) -> None:
     sent.news.of(1)
     sent.news.send()
     sent.token()
+    assert not sent.news.urgent
     assert sent.news.can_wait(0.001)
+
+
+def test_a_frame_that_has_just_left_makes_no_long_step_wait(sent: Sent) -> None:
+    sent.token()
+    sent.news.send()  # the first sequences of a large step
+    sent.token(2)
+    assert sent.news.can_wait(GAP / 2)
+    assert not sent.news.can_wait(GAP / 2 + 0.0001)
 
 
 def test_a_gap_of_nothing_sends_every_step() -> None:

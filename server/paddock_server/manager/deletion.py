@@ -13,7 +13,7 @@ from paddock.errors import InvalidFieldError, ModelNotFoundError
 from paddock.v1 import model_manager_pb2 as pb
 from paddock_server.downloads.removal import remove_model
 from paddock_server.manager import failure as failures
-from paddock_server.manager.unattended import Unattended
+from paddock_server.manager.tasks import Tasks
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -54,7 +54,7 @@ class Deletions:
         self._tools = tools
         self._downloads = downloads
         self._rescan = rescan
-        self._running = Unattended()
+        self._running = Tasks()
         self.going: set[str] = set()
         """Models whose files are being removed."""
 
@@ -71,7 +71,7 @@ class Deletions:
             PaddockError: MODEL_NOT_FOUND; MODEL_IN_USE; MODEL_NOT_LOADED it has no files; INVALID_FIELD it is
                 in a model directory.
         """
-        return await self._running.run(self._delete(request, job), f"delete-{request.model}")
+        return await self._running.finish(self._delete(request, job), f"delete-{request.model}")
 
     async def _delete(self, request: pb.DeleteRequest, job: Job | None) -> pb.DeleteResponse:
         model = self._tools.id_of(request.model)

@@ -26,7 +26,7 @@ from paddock_server.downloads.removal import remove_partial
 from paddock_server.downloads.store import DownloadStore, Unfinished
 from paddock_server.manager import failure as failures
 from paddock_server.manager.progress import LoadView, Subscription
-from paddock_server.manager.unattended import Unattended
+from paddock_server.manager.tasks import Tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,7 +199,7 @@ class Downloads:
         self._gone = gone
         self._jobs: dict[HubRef, Job] = {}
         self._places = asyncio.Semaphore(RUNNING_MAX)
-        self._stops = Unattended()
+        self._stops = Tasks()
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -278,7 +278,7 @@ class Downloads:
 
         Cancelling leaves: whoever follows the download is told of its end all the same.
         """
-        return await self._stops.run(self._stopped(job, keep=keep), f"stop-{job.id}")
+        return await self._stops.finish(self._stopped(job, keep=keep), f"stop-{job.id}")
 
     async def _stopped(self, job: Job, *, keep: bool) -> int:
         async with job.stopping:
@@ -394,7 +394,7 @@ class Downloads:
         job.resolved = message
         stale = set(old.digests).difference(message.digests) if old is not None else set[str]()
         if stale:
-            self._stops.begin(self._remove_stale(job, stale), f"remove-stale-{job.id}")
+            self._stops.run(self._remove_stale(job, stale), f"remove-stale-{job.id}")
         if job.id != old_id:
             self._gone(job, old_id)
         if job.view.stage == pb.STAGE_RESOLVE:

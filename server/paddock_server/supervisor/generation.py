@@ -101,7 +101,7 @@ class Generation:
             self._pending.append(update)
             self._last_size = 0
         else:
-            # Sizes only matter once updates pile up; the first of a pile is a step's worth and not counted.
+            # Sizes only matter once updates pile up; the first of a pile is a frame's worth and not counted.
             size = update.ByteSize()
             if self._last_size + size <= MAX_MERGED_BYTES:
                 self._pending[-1].MergeFrom(update)

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from paddock_server.worker.loading import LoadedModel
 
 SEQUENCES_PER_FRAME: Final = 16
-"""Sequences whose tokens leave together. A larger step sends several frames, so that the server hands on the
-first ones while the others are still sampled: one core samples, the others are idle then (ADR 0010)."""
+"""Sequences whose tokens leave together. A larger step, unless its tokens wait for the next, sends several
+frames, so that the server hands on the first ones while the others are still sampled: one core samples, the
+others are idle then (ADR 0010)."""
 
 _STATS_SECONDS: Final = 0.5
 
@@ -124,6 +125,7 @@ class Engine:
         self._flight_lock = threading.Lock()
         self._in_flight: set[int] = set()
         self._step_watch = Stopwatch()
+        self._step_seconds = 0.0
         self._put_to_sleep = False
         self._steps = 0
         self._stats = Stats()
@@ -186,11 +188,13 @@ class Engine:
         started_at = self._step_watch.start()
         self._embed()
         plan = self._schedule()
-        sampled = self._decode(plan)
-        if sampled:
-            self._sample(plan, started_at)
-            self._scheduler.observe(plan, (perf_counter() - started_at) * 1000)
-        if not sampled or not self._news.can_wait(perf_counter() - started_at):
+        waits = False
+        if self._decode(plan):
+            waits = self._can_wait(plan, perf_counter() - started_at)
+            self._sample(plan, in_parts=not waits)
+            self._step_seconds = perf_counter() - started_at
+            self._scheduler.observe(plan, self._step_seconds * 1000)
+        if not waits or self._news.urgent:
             self._news.send()
         if perf_counter() - self._stats_at > _STATS_SECONDS:
             self._refresh_stats()
@@ -306,7 +310,15 @@ class Engine:
             limit = self._scheduler.cells
             self._fail(choice.generation, context_length_exceeded("", choice.prompt_length, limit))
 
-    def _sample(self, plan: Plan[Choice], started_at: float) -> None:
+    def _can_wait(self, plan: Plan[Choice], decode_seconds: float) -> bool:
+        """Whether further tokens of this step may leave with the next. That should take as long as this one,
+        unless it has to look for a token that a grammar allows."""
+        step_seconds = max(self._step_seconds, decode_seconds)
+        if any(work.sequence.generation.request.constrained for work in plan.work):
+            return False
+        return self._news.can_wait(step_seconds)
+
+    def _sample(self, plan: Plan[Choice], *, in_parts: bool) -> None:
         """Pick the next token of every sequence that the plan brought to its end."""
         now = perf_counter()
         for work in plan.work:
@@ -319,8 +331,7 @@ class Engine:
             if choice.pending == 0 and choice.slot != NO_SLOT:
                 self._advance(choice, row, now)
                 sampled += 1
-                full = sampled % SEQUENCES_PER_FRAME == 0
-                if full and not self._news.can_wait(perf_counter() - started_at):
+                if in_parts and sampled % SEQUENCES_PER_FRAME == 0:
                     self._news.send()
 
     def _advance(self, choice: Choice, row: int, now: float) -> None:
@@ -334,12 +345,11 @@ class Engine:
             self._fail(generation, error)
             return
         choice.tokens.append(token)
-        first = generation.first_token_at is None
-        if first:
+        if generation.first_token_at is None:
             generation.first_token_at = now
         generation.last_token_at = now
         generation.completion_tokens += 1
-        update = self._news.of(generation.number, urgent=first)
+        update = self._news.of(generation.number, urgent=choice.generated == 1)
         delta = update.deltas.deltas.add(choice_index=choice.index, token_count=1)
         if request.logprob_count is not None:
             delta.logprobs.append(token_logprob(context, row, self._vocab, token, request.logprob_count))
@@ -373,9 +383,10 @@ class Engine:
         choice.sampler.close()
         generation = choice.generation
         generation.open_choices -= 1
+        update = self._news.of(generation.number)
         if generation.open_choices == 0:
             del self._generations[generation.number]
-            self._news.of(generation.number).finished.CopyFrom(generation.summary(now))
+            update.finished.CopyFrom(generation.summary(now))
 
     def _fail(self, generation: Generation, error: WorkerError) -> None:
         self._drop(generation)

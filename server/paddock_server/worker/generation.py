@@ -43,6 +43,9 @@ class PreparedGeneration:
     ignores_end: bool = False
     """Whether end-of-generation tokens are banned; then none is looked for."""
 
+    constrained: bool = False
+    """Whether a grammar may have to be searched for a token, which can take long."""
+
     logprob_count: int | None = None
     """Alternatives per token to report; None reports no log probabilities."""
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LONGEST_GAP_SECONDS: Final = 0.010
-"""Tokens wait only for a step that ends within this time after the last frame. No eye sees that, and a step
-that takes half of it or longer is never waited for."""
+"""Tokens wait only for a step that is expected to end within this time after the last frame, and only where
+two steps fit into it. No eye sees that."""
 
 
 class News:
@@ -36,7 +36,9 @@ class News:
         self._clock = clock
         self._frame = worker_pb2.WorkerFrame()
         self._updates: dict[int, worker_pb2.GenerationUpdate] = {}
-        self._urgent = False
+        self.urgent = False
+        """Whether there is something that cannot wait."""
+
         self._sent_at = clock()
 
     @property
@@ -46,15 +48,16 @@ class News:
 
     def of(self, number: int, *, urgent: bool = True) -> worker_pb2.GenerationUpdate:
         """Return the update of a generation, to be added to. Once urgent, nothing in the frame waits."""
-        self._urgent = self._urgent or urgent
+        self.urgent = self.urgent or urgent
         update = self._updates.get(number)
         if update is None:
             update = self._updates[number] = self._frame.step.updates.add(generation=number)
         return update
 
     def can_wait(self, step_seconds: float) -> bool:
-        """Whether all there is can leave with the next step, which is expected to take so long."""
-        return not self._urgent and self._clock() + step_seconds <= self._sent_at + self._longest_gap
+        """Whether further tokens can leave with the next step, which is expected to take so long."""
+        next_at = self._clock() + step_seconds
+        return 2 * step_seconds <= self._longest_gap and next_at <= self._sent_at + self._longest_gap
 
     def send(self) -> None:
         """Send what there is."""
@@ -62,5 +65,5 @@ class News:
             self._send(self._frame)
             self._frame = worker_pb2.WorkerFrame()
             self._updates = {}
-            self._urgent = False
+            self.urgent = False
             self._sent_at = self._clock()

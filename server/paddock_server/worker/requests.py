@@ -85,6 +85,7 @@ class Preparer:
             stop_sequences=stops,
             max_tokens=max_tokens,
             ignores_end=request.stop.ignore_eos,
+            constrained=request.HasField("constraint"),
             logprob_count=logprob_count,
             reports_progress=request.report_prompt_progress,
             received_at=perf_counter() if received_at is None else received_at,

@@ -2196,9 +2196,9 @@ type GenerateResponse_Started struct {
 
 type GenerateResponse_Deltas struct {
 	// More output. Usually one delta; several when a slow reader let them pile
-	// up, when several choices advanced in one step, or when the model makes
-	// more than 200 tokens a second: what comes within ten milliseconds after
-	// another message may come together.
+	// up, when several choices advanced in one step, or when this stream gets
+	// more than 200 tokens a second: those that come within ten milliseconds
+	// after another message may come together.
 	Deltas *Deltas `protobuf:"bytes,2,opt,name=deltas,proto3,oneof"`
 }
 

@@ -1068,9 +1068,9 @@ class GenerateResponse(_message.Message):
     @_builtins.property
     def deltas(self) -> Global___Deltas:
         """More output. Usually one delta; several when a slow reader let them pile
-        up, when several choices advanced in one step, or when the model makes
-        more than 200 tokens a second: what comes within ten milliseconds after
-        another message may come together.
+        up, when several choices advanced in one step, or when this stream gets
+        more than 200 tokens a second: those that come within ten milliseconds
+        after another message may come together.
         """
 
     @_builtins.property
