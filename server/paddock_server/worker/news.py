@@ -15,9 +15,9 @@ from paddock_server.worker.v1 import worker_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LONGEST_GAP_SECONDS: Final = 0.010
+LONGEST_GAP_SECONDS: Final = 0.016
 """Tokens wait only for a step that is expected to end within this time after the last frame, and only where
-two steps fit into it. No eye sees that."""
+two steps fit into it. A screen shows a picture in that time."""
 
 
 class News:

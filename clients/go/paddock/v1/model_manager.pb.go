@@ -2197,8 +2197,8 @@ type GenerateResponse_Started struct {
 type GenerateResponse_Deltas struct {
 	// More output. Usually one delta; several when a slow reader let them pile
 	// up, when several choices advanced in one step, or when this stream gets
-	// more than 200 tokens a second: those that come within ten milliseconds
-	// after another message may come together.
+	// more than 125 tokens a second: those of the sixteen milliseconds after a
+	// message may come together.
 	Deltas *Deltas `protobuf:"bytes,2,opt,name=deltas,proto3,oneof"`
 }
 
