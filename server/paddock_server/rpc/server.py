@@ -6,23 +6,19 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
-import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from paddock.listening import GRPC, bind_error, cannot_listen, host_port
 from paddock.v1 import model_manager_pb2, model_manager_pb2_grpc
+from paddock_server.manager.tasks import Tasks
 from paddock_server.rpc.health import SERVING, HealthServicer, follow_models
 from paddock_server.rpc.interceptor import CallInterceptor
 from paddock_server.rpc.multiplex import GenerationStreams
 from paddock_server.rpc.servicer import ModelManagerServicer
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
     from paddock.api import ModelManagerApi
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 MAX_RECEIVE_BYTES: Final = 16 * 1024 * 1024
 """Room for a long conversation with images in one request."""
@@ -58,7 +54,7 @@ class RpcServer:
         self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_OPTIONS)
         self._service = service
         self._health = HealthServicer()
-        self._follower: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         self._streams = GenerationStreams(service)
         servicer = ModelManagerServicer(service, self._streams)
         model_manager_pb2_grpc.add_ModelManagerServicer_to_server(servicer, self._server)
@@ -76,8 +72,7 @@ class RpcServer:
 
     async def start(self) -> None:
         """Accept calls, and say so in the health service."""
-        self._follower = asyncio.create_task(follow_models(self._service, self._health), name="model-health")
-        self._follower.add_done_callback(_log_bug)
+        self._tasks.run(follow_models(self._service, self._health), "model-health")
         # Its first pass takes in all models there are, which nobody is to wait for: 0.12 s for 10,000.
         await asyncio.sleep(0)
         await self._server.start()
@@ -92,12 +87,4 @@ class RpcServer:
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, let running ones end for that long, then cancel them."""
         await self._server.stop(grace_seconds)
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.wait({self._follower})
-
-
-def _log_bug(task: asyncio.Task[None]) -> None:
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        log.critical("task_bug", task=task.get_name(), exc_info=error)
+        await self._tasks.cancel()

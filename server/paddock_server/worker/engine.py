@@ -313,10 +313,9 @@ class Engine:
     def _can_wait(self, plan: Plan[Choice], decode_seconds: float) -> bool:
         """Whether further tokens of this step may leave with the next. That should take as long as this one,
         unless it has to look for a token that a grammar allows."""
-        step_seconds = max(self._step_seconds, decode_seconds)
         if any(work.sequence.generation.request.constrained for work in plan.work):
             return False
-        return self._news.can_wait(step_seconds)
+        return self._news.can_wait(max(self._step_seconds, decode_seconds))
 
     def _sample(self, plan: Plan[Choice], *, in_parts: bool) -> None:
         """Pick the next token of every sequence that the plan brought to its end."""
@@ -383,7 +382,7 @@ class Engine:
         choice.sampler.close()
         generation = choice.generation
         generation.open_choices -= 1
-        update = self._news.of(generation.number)
+        update = self._news.of(generation.number)  # urgent: the end of a choice does not wait
         if generation.open_choices == 0:
             del self._generations[generation.number]
             update.finished.CopyFrom(generation.summary(now))
